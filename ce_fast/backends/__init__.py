@@ -1,0 +1,131 @@
+"""What a backend is asked to do, and which one does it.
+
+A backend is a module with
+
+    max_threads() -> int                                            its own limit, for n_threads=None
+    scan_targets(rows, n_rows, n_classes) -> (bad, counted, weight_sum)
+    run(job, plan) -> float                                         the sum of the row losses
+    config() -> dict                                                for `ce_fast.show_config`
+"""
+
+import importlib
+import importlib.util
+import os
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+NAMES = ("compiled", "numba")  # in the order of choice
+_choice: ContextVar[str | None] = ContextVar("ce_fast_backend", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What is known of each row beside its logits: contiguous, in C order over the outer shape."""
+
+    target: np.ndarray | None = None  # (n_rows,) class indices of any native integer dtype
+    ignore_index: int = -100
+    weight: np.ndarray | None = None  # (n_classes,) float64
+    sample_weight: np.ndarray | None = None  # (n_rows,) float64
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One pass over logits. Arrays of logits' shape are views with the class axis last, of any strides.
+
+        mass_k = weight_k (on * q_k + off)               q: soft, or one-hot of target
+        loss_i = s_i [sum_k mass_k (lse - x_k) + w z_loss lse^2],   w = weight_target, 1 for soft
+        out_i  = upstream_i scale dloss_i/dx             emit="gradient"; softmax if there is no target
+               = x - lse                                 emit="log_softmax"
+    """
+
+    logits: np.ndarray  # IN (outer..., n_classes)
+    rows: Rows = Rows()  # IN
+    soft: np.ndarray | None = None  # IN (outer..., n_classes) class probabilities
+    out: np.ndarray | None = None  # OUT (outer..., n_classes) of logits' dtype; may be logits itself
+    emit: str | None = None  # None | "gradient" | "log_softmax"
+    upstream: np.ndarray | None = None  # IN (n_rows,) float64
+    on: float = 1.0
+    off: float = 0.0
+    z_loss: float = 0.0
+    scale: float = 1.0
+    loss: np.ndarray | None = None  # OUT (n_rows,) of the compute dtype
+    lse: np.ndarray | None = None  # OUT (n_rows,) of the compute dtype
+
+
+def _missing(name: str) -> str | None:
+    """Why a backend cannot be used here, or None. Imports nothing."""
+    if name == "compiled" and importlib.util.find_spec("ce_fast._kernels") is None:
+        return "this installation has no compiled kernels; reinstall ce_fast where a C compiler is present"
+    if name == "numba" and importlib.util.find_spec("numba") is None:
+        return "numba is not installed: pip install 'ce_fast[numba]'"
+    return None
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} is {name!r}; expected one of {NAMES}")
+    if reason := _missing(name):
+        raise ImportError(f"{source} is {name!r}, but {reason}")
+    return name
+
+
+def active_name() -> str:
+    """The backend that a call made now would use."""
+    if chosen := _choice.get():
+        return chosen
+    if forced := os.environ.get("CE_FAST_BACKEND"):
+        return _check_name(forced, "CE_FAST_BACKEND")
+    for name in NAMES:
+        if _missing(name) is None:
+            return name
+    raise ImportError("ce_fast has no backend: " + "; or ".join(f"{name}: {_missing(name)}" for name in NAMES))
+
+
+_loaded: dict[str, ModuleType] = {}
+
+
+def active() -> ModuleType:
+    name = active_name()
+    if name not in _loaded:
+        _loaded[name] = importlib.import_module(f"ce_fast.backends.{name}")
+    return _loaded[name]
+
+
+class use_backend:  # noqa: N801  (reads as a call and as a context manager)
+    """Choose the backend: ``use_backend("numba")`` for good, ``with use_backend("numba"):`` for a block.
+
+    The choice is a context variable: another thread, or another asyncio task, keeps its own.
+
+    Parameters
+    ----------
+    name : {"compiled", "numba"} or None
+        None goes back to the default: ``CE_FAST_BACKEND``, else the first that is there.
+
+    Raises
+    ------
+    ValueError
+        If there is no such backend.
+    ImportError
+        If it is not installed here; the message says what to install.
+
+    Examples
+    --------
+    >>> import ce_fast as ce
+    >>> with ce.use_backend("numba"):
+    ...     ce.show_config(mode="dicts")["backend"]
+    'numba'
+    """
+
+    def __init__(self, name: str | None):
+        self._token: Token | None = _choice.set(None if name is None else _check_name(name, "backend"))
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc) -> None:
+        if self._token is not None:
+            _choice.reset(self._token)
+            self._token = None

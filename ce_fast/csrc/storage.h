@@ -1,0 +1,89 @@
+/* Elements of any storage dtype to and from tiles of REAL, included once for each REAL.
+ * The 16-bit conversions are integer arithmetic, which every compiler vectorizes and no FTZ/DAZ mode disturbs.
+ */
+#ifndef CE_STORAGE_COMMON
+#define CE_STORAGE_COMMON
+#include <stdint.h>
+#include <string.h>
+#include "ce_fast.h"
+
+CE_INLINE float ce_as_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+CE_INLINE uint32_t ce_as_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+
+CE_INLINE float ce_from_bfloat16(uint16_t h) { return ce_as_float((uint32_t)h << 16); }
+
+CE_INLINE float ce_from_float16(uint16_t h)
+{
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = h & 0x7c00u;
+    uint32_t u = ((uint32_t)(h & 0x7fffu) << 13) + (112u << 23);
+    uint32_t subnormal = ce_as_bits(ce_as_float(u + (1u << 23)) - ce_as_float(113u << 23));
+    u = exponent == 0x7c00u ? u + (112u << 23) : u; /* inf, NaN */
+    u = exponent == 0 ? subnormal : u;
+    return ce_as_float(u | sign);
+}
+
+/* to nearest, ties to even; NaN stays NaN */
+CE_INLINE uint16_t ce_to_bfloat16(float f)
+{
+    uint32_t u = ce_as_bits(f);
+    uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
+}
+
+CE_INLINE uint16_t ce_to_float16(float f)
+{
+    uint32_t u = ce_as_bits(f), sign = (u >> 16) & 0x8000u;
+    u &= 0x7fffffffu;
+    uint32_t normal = (u - (112u << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
+    /* adding 0.5 puts the unit of float16's subnormals, 2^-24, in the last place of the sum */
+    uint32_t subnormal = ce_as_bits(ce_as_float(u) + 0.5f) - ce_as_bits(0.5f);
+    uint32_t big = u > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    uint32_t h = u < (113u << 23) ? subnormal : normal;
+    h = u >= (143u << 23) ? big : h;
+    return (uint16_t)(h | sign);
+}
+#endif
+
+#define CE_READ(TYPE, CONVERT, STRIDE)                       \
+    for (int64_t k = 0; k < n; k++) {                        \
+        TYPE v;                                              \
+        memcpy(&v, src + k * (int64_t)(STRIDE), sizeof v);   \
+        dst[k] = (REAL)CONVERT(v);                           \
+    }
+#define CE_WRITE(TYPE, CONVERT, STRIDE)                      \
+    for (int64_t k = 0; k < n; k++) {                        \
+        TYPE v = CONVERT(src[k]);                            \
+        memcpy(dst + k * (int64_t)(STRIDE), &v, sizeof v);   \
+    }
+/* the same loop with the stride known, so that it vectorizes */
+#define CE_EACH(LOOP, TYPE, CONVERT)          \
+    if (stride == sizeof(TYPE)) {             \
+        LOOP(TYPE, CONVERT, sizeof(TYPE))     \
+    } else {                                  \
+        LOOP(TYPE, CONVERT, stride)           \
+    }                                         \
+    return;
+
+static void NAME(load)(const char *restrict src, int64_t stride, ce_dtype dtype, int64_t n, REAL *restrict dst)
+{
+    switch (dtype) {
+    case CE_FLOAT64: CE_EACH(CE_READ, double, )
+    case CE_FLOAT32: CE_EACH(CE_READ, float, )
+    case CE_FLOAT16: CE_EACH(CE_READ, uint16_t, ce_from_float16)
+    case CE_BFLOAT16: CE_EACH(CE_READ, uint16_t, ce_from_bfloat16)
+    }
+}
+
+static void NAME(store)(char *restrict dst, int64_t stride, ce_dtype dtype, int64_t n, const REAL *restrict src)
+{
+    switch (dtype) {
+    case CE_FLOAT64: CE_EACH(CE_WRITE, double, )
+    case CE_FLOAT32: CE_EACH(CE_WRITE, float, )
+    case CE_FLOAT16: CE_EACH(CE_WRITE, uint16_t, ce_to_float16)
+    case CE_BFLOAT16: CE_EACH(CE_WRITE, uint16_t, ce_to_bfloat16)
+    }
+}
+
+#undef CE_READ
+#undef CE_WRITE
+#undef CE_EACH

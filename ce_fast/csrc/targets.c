@@ -1,0 +1,46 @@
+/* Class indices of any integer type, read as they are. */
+#include "ce_fast.h"
+
+int64_t ce_target_at(const void *target, ce_index_type type, int64_t i)
+{
+    switch (type) {
+    case CE_INT8: return ((const int8_t *)target)[i];
+    case CE_UINT8: return ((const uint8_t *)target)[i];
+    case CE_INT16: return ((const int16_t *)target)[i];
+    case CE_UINT16: return ((const uint16_t *)target)[i];
+    case CE_INT32: return ((const int32_t *)target)[i];
+    case CE_UINT32: return ((const uint32_t *)target)[i];
+    case CE_INT64: return ((const int64_t *)target)[i];
+    case CE_UINT64: {
+        uint64_t v = ((const uint64_t *)target)[i];
+        return v > INT64_MAX ? INT64_MAX : (int64_t)v; /* too large to be a class or an ignore_index */
+    }
+    }
+    return -1;
+}
+
+/* The position of the first target that counts and is no class, or -1. Rows of sample weight 0 are not read.
+   *n_counted: rows that count; *weight_sum: sum over them of s_i w_t, with w_t = 1 for class probabilities. */
+int64_t ce_scan_targets(const ce_job *job, int64_t *n_counted, double *weight_sum)
+{
+    int64_t counted = 0;
+    double sum = 0;
+    for (int64_t i = 0; i < job->n_rows; i++) {
+        double s = job->sample_weight ? job->sample_weight[i] : 1;
+        if (s == 0)
+            continue;
+        if (job->target) {
+            int64_t t = ce_target_at(job->target, job->target_type, i);
+            if (t == job->ignore_index)
+                continue;
+            if (t < 0 || t >= job->n_classes)
+                return i;
+            s *= job->weight ? job->weight[t] : 1;
+        }
+        counted++;
+        sum += s;
+    }
+    *n_counted = counted;
+    *weight_sum = sum;
+    return -1;
+}

@@ -1,0 +1,268 @@
+"""Arrays in: every check of data and every error message about it.
+
+Nothing of the logits' size is copied, except what no kernel can read where it lies: a misaligned or byte-swapped
+array, and integers in place of floats.
+"""
+
+import math
+import operator
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+import numpy as np
+
+from ce_fast import backends
+
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    given: np.ndarray  # the array as the caller shaped it
+    rows: np.ndarray  # the same data (outer..., n_classes): class axis last, aligned, native byte order
+    axis: int  # the class axis of `given`
+
+    @property
+    def outer_shape(self) -> tuple[int, ...]:
+        return self.rows.shape[:-1]
+
+    @property
+    def n_classes(self) -> int:
+        return self.rows.shape[-1]
+
+
+def as_array(value, name: str) -> np.ndarray:
+    """What `np.asarray` takes, and CPU arrays that speak DLPack without a copy."""
+    if isinstance(value, np.ndarray):
+        return value.view(np.ndarray) if type(value) is not np.ndarray else value
+    device = getattr(value, "__dlpack_device__", None)
+    if device is not None and not hasattr(value, "__array_interface__"):
+        kind, _ = device()
+        if int(kind) != 1:
+            raise TypeError(f"{name} lies on device {kind} (DLPack); expected an array in CPU memory")
+        try:
+            return np.from_dlpack(value)
+        except (BufferError, TypeError, RuntimeError):  # a dtype or flag that DLPack to NumPy refuses
+            pass
+    return np.asarray(value)
+
+
+def is_float(dtype: np.dtype) -> bool:
+    return dtype.name in FLOATS
+
+
+def is_index(dtype: np.dtype) -> bool:
+    return dtype.kind in "iu"
+
+
+def _readable(array: np.ndarray) -> np.ndarray:
+    """The array itself, or a copy of it that kernels can read."""
+    if not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
+    if not array.flags.aligned:
+        return array.copy()
+    return array
+
+
+def as_float_array(value, name: str) -> np.ndarray:
+    array = as_array(value, name)
+    if is_index(array.dtype):
+        array = array.astype(np.float64)
+    if not is_float(array.dtype):
+        raise TypeError(f"{name} has dtype {array.dtype}; expected one of {', '.join(FLOATS)}")
+    return array
+
+
+def check_class_axis(class_axis):
+    if class_axis is None:
+        return None
+    try:
+        return operator.index(class_axis)
+    except TypeError:
+        raise TypeError(f"class_axis is {class_axis!r}; expected an integer or None") from None
+
+
+def _class_axis(axis: int | None, shape: tuple[int, ...], name: str) -> int:
+    ndim = len(shape)
+    if ndim == 0:
+        raise ValueError(f"{name} is a scalar; expected an array of shape (n_classes,) or (n_rows, n_classes)")
+    if axis is None:
+        if ndim > 2:
+            raise ValueError(
+                f"{name} of shape {shape} needs class_axis: class_axis=1 if it is laid out as (batch, classes, ...), "
+                f"which makes {shape[1]} classes, or class_axis=-1 if as (batch, ..., classes), "
+                f"which makes {shape[-1]} classes"
+            )
+        return ndim - 1
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"class_axis is {axis}; expected {-ndim} <= class_axis < {ndim} for {name} of shape {shape}")
+    return axis % ndim
+
+
+def as_logits(value, class_axis: int | None, name: str = "logits") -> Logits:
+    given = as_float_array(value, name)
+    axis = _class_axis(class_axis, given.shape, name)
+    if given.shape[axis] == 0:
+        raise ValueError(f"{name} of shape {given.shape} has no classes along axis {axis}; expected at least 1")
+    return Logits(given, np.moveaxis(_readable(given), axis, -1), axis)
+
+
+def as_targets(value, logits: Logits) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(class indices, flat; None) or (None; class probabilities, class axis last)."""
+    target = as_array(value, "target")
+    outer, full = logits.outer_shape, logits.given.shape
+    if target.size == 0 and target.shape == outer and not is_index(target.dtype):
+        target = target.astype(np.int64)  # an empty list has no integers to show for
+    if is_index(target.dtype):
+        if target.shape != outer:
+            raise ValueError(
+                f"target of class indices has shape {target.shape}; expected {outer}, "
+                f"the shape {full} of logits without its class axis {logits.axis}"
+            )
+        return np.ascontiguousarray(_readable(target)).reshape(-1), None
+    if not is_float(target.dtype):
+        raise TypeError(
+            f"target has dtype {target.dtype}; expected an integer dtype (class indices) "
+            f"or a floating one (class probabilities)"
+        )
+    if target.shape != full:
+        raise ValueError(
+            f"target of dtype {target.dtype} has shape {target.shape}; class probabilities need the shape {full} of "
+            f"logits, and class indices (shape {outer}) an integer dtype"
+        )
+    return None, np.moveaxis(_readable(target), logits.axis, -1)
+
+
+def as_row_values(value, logits: Logits, name: str) -> np.ndarray | None:
+    """One float64 a row, flat."""
+    if value is None:
+        return None
+    array = as_array(value, name)
+    if not (is_float(array.dtype) or array.dtype.kind in "iub"):
+        raise TypeError(f"{name} has dtype {array.dtype}; expected a real or boolean dtype")
+    if array.shape != logits.outer_shape:
+        raise ValueError(f"{name} has shape {array.shape}; expected {logits.outer_shape}, one value a row of logits")
+    return np.ascontiguousarray(array, np.float64).reshape(-1)
+
+
+def _first_bad(array: np.ndarray, good: np.ndarray, shape: tuple[int, ...]) -> str:
+    at = int(np.argmin(good))
+    position = ", ".join(str(i) for i in np.unravel_index(at, shape))
+    return f"[{position}] is {array.reshape(-1)[at]}"
+
+
+def as_sample_weight(value, logits: Logits) -> np.ndarray | None:
+    weight = as_row_values(value, logits, "sample_weight")
+    if weight is None:
+        return None
+    good = np.isfinite(weight) & (weight >= 0)
+    if not good.all():
+        raise ValueError(
+            f"sample_weight{_first_bad(weight, good, logits.outer_shape)}; expected finite values of at least 0"
+        )
+    return weight
+
+
+def as_class_weight(value, *, negative: bool = False) -> np.ndarray | None:
+    """A float64 copy, read-only: the options of a loss do not change under it."""
+    if value is None:
+        return None
+    array = as_array(value, "weight")
+    if not (is_float(array.dtype) or array.dtype.kind in "iu"):
+        raise TypeError(f"weight has dtype {array.dtype}; expected a real dtype")
+    if array.ndim != 1:
+        raise ValueError(f"weight has shape {array.shape}; expected (n_classes,)")
+    weight = np.array(array, np.float64)
+    good = np.isfinite(weight) & (negative | (weight >= 0))
+    if not good.all():
+        raise ValueError(f"weight{_first_bad(weight, good, weight.shape)}; expected finite values of at least 0")
+    weight.flags.writeable = False
+    return weight
+
+
+def check_weight_size(weight: np.ndarray | None, logits: Logits) -> None:
+    if weight is not None and weight.shape[0] != logits.n_classes:
+        raise ValueError(
+            f"weight has {weight.shape[0]} values; expected {logits.n_classes}, "
+            f"the classes along axis {logits.axis} of logits of shape {logits.given.shape}"
+        )
+
+
+def check_targets(rows: backends.Rows, logits: Logits) -> tuple[int, float]:
+    """(rows that count, sum of their weights); IndexError at the first target that is no class."""
+    shape = logits.outer_shape
+    n_rows = math.prod(shape)
+    bad, counted, weight_sum = backends.active().scan_targets(rows, n_rows, logits.n_classes)
+    if bad >= 0:
+        assert rows.target is not None
+        position = ", ".join(str(i) for i in np.unravel_index(bad, shape))
+        raise IndexError(
+            f"target[{position}] is {rows.target[bad]}; "
+            f"expected 0 <= target < {logits.n_classes} or ignore_index={rows.ignore_index}"
+        )
+    return counted, weight_sum
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and a.strides == b.strides
+        and a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+    )
+
+
+def as_out(out, logits: Logits, others: dict[str, object]) -> np.ndarray:
+    """The array that takes the gradient: a new one, or `out` if it is fit."""
+    given = logits.given
+    if out is None:
+        return np.empty_like(given, dtype=given.dtype.newbyteorder("="), subok=False)
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out is a {type(out).__name__}; expected a numpy.ndarray")
+    if out.shape != given.shape or out.dtype != given.dtype:
+        raise ValueError(
+            f"out has shape {out.shape} and dtype {out.dtype}; expected shape {given.shape} and dtype {given.dtype}, "
+            "those of logits"
+        )
+    if not out.flags.writeable:
+        raise ValueError("out is read-only; expected an array that can be written")
+    if any(stride == 0 and n > 1 for stride, n in zip(out.strides, out.shape, strict=True)):
+        raise ValueError(f"out has strides {out.strides}: several elements share one place; expected one place each")
+    if not _same(out, given):
+        others = {"logits": given, **others}
+    for name, other in others.items():
+        if isinstance(other, np.ndarray) and np.shares_memory(out, other):
+            raise ValueError(f"out overlaps {name}; expected memory of its own, or logits itself")
+    return out
+
+
+def check_option(name: str, value, low: float, high: float = math.inf, *, above: bool = False) -> float:
+    """A finite number in [low, high], or (low, high] with `above`."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected a number")
+    value = float(value)
+    if not math.isfinite(value) or value > high or value < low or (above and value == low):
+        bounds = f"{name} {'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
+        raise ValueError(f"{name} is {value!r}; expected {bounds}")
+    return value
+
+
+def check_choice(name: str, value, choices: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {choices}")
+    return value
+
+
+def check_integer(name: str, value) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected an integer")
+    return int(value)
+
+
+def check_n_threads(value) -> int | None:
+    if value is None:
+        return None
+    value = check_integer("n_threads", value)
+    if value < 1:
+        raise ValueError(f"n_threads is {value}; expected a positive integer, or None")
+    return value
