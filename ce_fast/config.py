@@ -1,7 +1,5 @@
 """What this installation runs on."""
 
-import importlib.metadata
-import platform
 import sys
 
 import numpy as np
@@ -38,6 +36,9 @@ def show_config(mode: str = "stdout") -> dict | None:
     """
     if mode not in ("stdout", "dicts"):
         raise ValueError(f"mode is {mode!r}; expected 'stdout' or 'dicts'")
+    import importlib.metadata  # 10 ms that `import ce_fast` need not pay
+    import platform
+
     backend = backends.active()
     found = {
         "backend": backends.active_name(),

@@ -212,6 +212,16 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
     )
 
 
+def _overlaps_itself(array: np.ndarray) -> bool:
+    """Whether elements share memory; false for every slice and transposition of an ordinary array."""
+    end = array.itemsize
+    for stride, n in sorted((abs(stride), n) for stride, n in zip(array.strides, array.shape, strict=True)):
+        if n > 1 and stride < end:
+            return array.size > 0
+        end += (n - 1) * stride
+    return False
+
+
 def as_out(out, logits: Logits, others: dict[str, object]) -> np.ndarray:
     """The array that takes the gradient: a new one, or `out` if it is fit."""
     given = logits.given
@@ -226,7 +236,7 @@ def as_out(out, logits: Logits, others: dict[str, object]) -> np.ndarray:
         )
     if not out.flags.writeable:
         raise ValueError("out is read-only; expected an array that can be written")
-    if any(stride == 0 and n > 1 for stride, n in zip(out.strides, out.shape, strict=True)):
+    if _overlaps_itself(out):
         raise ValueError(f"out has strides {out.strides}: several elements share one place; expected one place each")
     if not _same(out, given):
         others = {"logits": given, **others}

@@ -13,6 +13,7 @@ import importlib.util
 import os
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 
 import numpy as np
@@ -72,10 +73,8 @@ def _check_name(name: str, source: str) -> str:
     return name
 
 
-def active_name() -> str:
-    """The backend that a call made now would use."""
-    if chosen := _choice.get():
-        return chosen
+@lru_cache(maxsize=1)
+def _default_name() -> str:
     if forced := os.environ.get("CE_FAST_BACKEND"):
         return _check_name(forced, "CE_FAST_BACKEND")
     for name in NAMES:
@@ -84,14 +83,18 @@ def active_name() -> str:
     raise ImportError("ce_fast has no backend: " + "; or ".join(f"{name}: {_missing(name)}" for name in NAMES))
 
 
-_loaded: dict[str, ModuleType] = {}
+@lru_cache(maxsize=len(NAMES))
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(f"ce_fast.backends.{name}")
+
+
+def active_name() -> str:
+    """The backend that a call made now would use."""
+    return _choice.get() or _default_name()
 
 
 def active() -> ModuleType:
-    name = active_name()
-    if name not in _loaded:
-        _loaded[name] = importlib.import_module(f"ce_fast.backends.{name}")
-    return _loaded[name]
+    return _load(active_name())
 
 
 class use_backend:  # noqa: N801  (reads as a call and as a context manager)

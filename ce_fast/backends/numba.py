@@ -125,7 +125,9 @@ def _cross_entropy_rule(nll, lse, p_t, p_rest, mass_t, mass_rest, cross_rest, ro
     z = 0.0 if z_loss == 0 else z_loss * row_weight * lse
     own = 0.0 if mass_t == 0 and nll == nll else mass_t * nll
     loss = own + cross_rest + (0.0 if z == 0 else z * lse)
-    return loss, mass_t + mass_rest + 2 * z, mass_rest + 2 * z * p_t - (mass_t + mass_rest) * p_rest
+    mass = mass_t + mass_rest
+    g_t = mass_rest - mass * p_rest if mass_t > mass_rest else mass * p_t - mass_t
+    return loss, mass + 2 * z, g_t + 2 * z * p_t
 
 
 @_jit
@@ -160,18 +162,12 @@ def _row(x, q, out, target, weight, on, off, z_loss, s, scale, emit, tiny):
     t = target
     if t < 0 and q.size:
         t = _argmax(q)
-    elif t < 0 and emit == 2:
+    elif t < 0 and emit != 1:
         t = _argmax(x)
     m, rest, infinite = _statistics(x, t)
     if t < 0:
         lse = math.nan if infinite else m + math.log(rest)
-        if emit == 1:
-            _write_gradient(x, q, out, -1, m, lse, 1.0 / rest, 0.0, 0.0, weight, on, 0.0, tiny)
-        if infinite and not emit:
-            lse = math.inf
-            for k in range(x.size):
-                if math.isnan(x[k]):
-                    lse = math.nan
+        _write_gradient(x, q, out, -1, m, lse, 1.0 / rest, 0.0, 0.0, weight, on, 0.0, tiny)
         return 0.0, lse
     x_t = float(x[t])
     nll, p_t, p_rest, lse, lse_minus_m = _log_parts(m, rest, x_t)
@@ -195,6 +191,18 @@ def _row(x, q, out, target, weight, on, off, z_loss, s, scale, emit, tiny):
 
 
 @_jit
+def _limit_lse(x):
+    """logsumexp where the formula is NaN: it alone has limits where a loss has none."""
+    limit = -math.inf
+    for k in range(x.size):
+        if math.isnan(x[k]):
+            return math.nan
+        if x[k] == math.inf:
+            limit = math.inf
+    return limit
+
+
+@_jit
 def _rows(x, q, out, target, has_target, ignore_index, weight, sample_weight, upstream,
           on, off, z_loss, scale, emit, tiny, loss, lse):  # fmt: skip
     total = 0.0
@@ -213,7 +221,7 @@ def _rows(x, q, out, target, has_target, ignore_index, weight, sample_weight, up
         if loss.size:
             loss[i] = row_loss
         if lse.size:
-            lse[i] = row_lse
+            lse[i] = _limit_lse(x[i]) if math.isnan(row_lse) else row_lse
     return total
 
 

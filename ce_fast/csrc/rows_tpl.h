@@ -34,7 +34,7 @@ typedef struct {
     REAL pivot; /* the logit m was set by: sums of mass (x - pivot) stay well conditioned */
     REAL bound; /* a tile above it moves m */
     NAME(exp_args) exp;
-    double rest, mass, moment; /* sums over k != t of exp(x_k - m), mass_k, mass_k (x_k - pivot) */
+    ce_sum rest, mass, moment; /* sums over k != t of exp(x_k - m), mass_k, mass_k (x_k - pivot) */
     int infinite;              /* met +inf */
 } NAME(sums);
 
@@ -53,8 +53,12 @@ static void NAME(set_reference)(NAME(sums) *s, REAL x)
         m.n = (int64_t)rint((double)x * CE_LOG2E);
     else
         m.base = x;
-    s->rest = s->rest == 0 ? 0 : s->rest * ce_exp_scaled(s->m.base - m.base, m.n - s->m.n);
-    s->moment -= s->mass * ((double)x - (double)s->pivot);
+    if (s->rest.high != 0) {
+        double factor = ce_exp_scaled(s->m.base - m.base, m.n - s->m.n);
+        s->rest.high *= factor;
+        s->rest.low *= factor;
+    }
+    ce_add(&s->moment, -ce_total(&s->mass) * ((double)x - (double)s->pivot));
     s->m = m;
     s->pivot = x;
     s->bound = x + (REAL)CE_MARGIN;
@@ -154,8 +158,8 @@ static void NAME(add_moments)(NAME(sums) *s, const REAL *x, const REAL *mass, in
             total[l] += w;
             moment[l] += w != 0 ? v : 0; /* mass 0 against -inf contributes 0 */
         }
-    s->mass += NAME(sum_lanes)(total);
-    s->moment += NAME(sum_lanes)(moment);
+    ce_add(&s->mass, NAME(sum_lanes)(total));
+    ce_add(&s->moment, NAME(sum_lanes)(moment));
 }
 
 static NAME(sums) NAME(statistics)(const NAME(row) *row, double x_t)
@@ -163,7 +167,7 @@ static NAME(sums) NAME(statistics)(const NAME(row) *row, double x_t)
     const ce_job *job = row->job;
     int with_mass = job->off != 0 || row->q;
     REAL buffer[CE_TILE], mass[CE_TILE];
-    NAME(sums) s = {{0, 0}, 0, -(REAL)INFINITY, NAME(exp_prepare)(0, 0), 0, 0, 0, 0};
+    NAME(sums) s = {{0, 0}, 0, -(REAL)INFINITY, NAME(exp_prepare)(0, 0), {0, 0}, {0, 0}, {0, 0}, 0};
     if (row->t >= 0 && isfinite(x_t))
         NAME(set_reference)(&s, (REAL)x_t);
     s.infinite = row->t >= 0 && x_t > 0 && isinf(x_t);
@@ -182,12 +186,12 @@ static NAME(sums) NAME(statistics)(const NAME(row) *row, double x_t)
             NAME(add_moments)(&s, x, mass, padded);
         }
         if (!row->store_exp) {
-            s.rest += NAME(tile_exp)(x, NULL, 0, padded, s.exp);
+            ce_add(&s.rest, NAME(tile_exp)(x, NULL, 0, padded, s.exp));
             continue;
         }
         REAL *e = (REAL *)row->out + j;
         row->tiles[j / CE_TILE] = s.m;
-        s.rest += NAME(tile_exp)(x, x == buffer ? buffer : e, 1, padded, s.exp);
+        ce_add(&s.rest, NAME(tile_exp)(x, x == buffer ? buffer : e, 1, padded, s.exp));
         if (x == buffer)
             memcpy(e, buffer, (size_t)n * sizeof(REAL));
     }
@@ -198,25 +202,26 @@ static NAME(sums) NAME(statistics)(const NAME(row) *row, double x_t)
 static ce_row_stats NAME(row_stats)(const NAME(row) *row, const NAME(sums) *s, double x_t)
 {
     const ce_job *job = row->job;
-    double log_rest = s->infinite ? NAN : log(s->rest);
+    double rest = s->infinite ? NAN : ce_total(&s->rest), mass = ce_total(&s->mass), moment = ce_total(&s->moment);
+    double log_rest = log(rest);
     ce_row_stats r = {0};
     r.p_rest = 1;
-    r.sum = s->rest;
+    r.sum = rest;
     r.lse = NAME(reference_minus)(&s->m, 0) + log_rest;
     if (row->t < 0)
         return r;
-    double e_t = s->infinite ? NAN : ce_exp_scaled(x_t - s->m.base, s->m.n);
+    double e_t = ce_exp_scaled(x_t - s->m.base, s->m.n);
     double lse_minus_pivot;
-    r.sum = s->rest + e_t;
-    if (e_t >= s->rest) {
-        double odds = s->rest / e_t;
+    r.sum = rest + e_t;
+    if (e_t >= rest) {
+        double odds = rest / e_t;
         r.nll = log1p(odds);
         r.p_t = 1 / (1 + odds);
         r.p_rest = odds / (1 + odds);
         r.lse = x_t + r.nll;
         lse_minus_pivot = (x_t - (double)s->pivot) + r.nll;
     } else {
-        double odds = e_t / s->rest, log_sum = log_rest + log1p(odds);
+        double odds = e_t / rest, log_sum = log_rest + log1p(odds);
         r.nll = NAME(reference_minus)(&s->m, x_t) + log_sum;
         r.p_t = odds / (1 + odds);
         r.p_rest = 1 / (1 + odds);
@@ -227,8 +232,8 @@ static ce_row_stats NAME(row_stats)(const NAME(row) *row, const NAME(sums) *s, d
     double q_t = row->q ? NAME(element)(row->q, &job->soft, row->t) : 1;
     r.row_weight = row->q ? 1 : w_t;
     r.mass_t = w_t * (job->on * q_t + job->off);
-    r.mass_rest = s->mass;
-    r.cross_rest = s->mass == 0 && s->moment == 0 ? 0 : s->mass * lse_minus_pivot - s->moment;
+    r.mass_rest = mass;
+    r.cross_rest = mass == 0 && moment == 0 ? 0 : mass * lse_minus_pivot - moment;
     return r;
 }
 
@@ -317,13 +322,18 @@ static int64_t NAME(argmax)(const char *row, const ce_array *array, int64_t n_cl
     return at;
 }
 
-/* logsumexp alone has limits where a loss has none: +inf if a logit is +inf and none is NaN */
-static double NAME(infinite_lse)(const NAME(row) *row)
+/* logsumexp where the formula is NaN: it alone has limits where a loss has none */
+static double NAME(limit_lse)(const NAME(row) *row)
 {
-    for (int64_t k = 0; k < row->job->n_classes; k++)
-        if (isnan(NAME(element)(row->x, &row->job->logits, k)))
-            return NAN;
-    return INFINITY;
+    double limit = -INFINITY;
+    for (int64_t k = 0; k < row->job->n_classes; k++) {
+        double x = NAME(element)(row->x, &row->job->logits, k);
+        if (isnan(x))
+            return x;
+        if (isinf(x) && x > 0)
+            limit = x;
+    }
+    return limit;
 }
 
 static int64_t NAME(offset)(const ce_job *job, const ce_array *array, int64_t i)
@@ -357,7 +367,7 @@ static double NAME(run_row)(const ce_job *job, int64_t i, ce_reference *tiles)
         row.t = target;
     else if (row.q)
         row.t = NAME(argmax)(row.q, &job->soft, job->n_classes);
-    else if (job->emit == CE_LOG_SOFTMAX)
+    else if (job->emit != CE_GRADIENT) /* of logsumexp and log_softmax the largest class is the exact anchor */
         row.t = NAME(argmax)(row.x, logits, job->n_classes);
     row.store_exp = job->emit == CE_GRADIENT && out->dtype == REAL_DTYPE && out->class_stride == sizeof(REAL);
 
@@ -365,7 +375,7 @@ static double NAME(run_row)(const ce_job *job, int64_t i, ce_reference *tiles)
     NAME(sums) sums = NAME(statistics)(&row, x_t);
     ce_row_stats stats = NAME(row_stats)(&row, &sums, x_t);
     if (job->lse)
-        ((REAL *)job->lse)[i] = (REAL)(sums.infinite && !job->emit ? NAME(infinite_lse)(&row) : stats.lse);
+        ((REAL *)job->lse)[i] = (REAL)(isnan(stats.lse) ? NAME(limit_lse)(&row) : stats.lse);
     if (job->emit == CE_LOG_SOFTMAX) {
         NAME(write_log_softmax)(&row, x_t, stats.nll);
         return 0;

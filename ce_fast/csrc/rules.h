@@ -29,8 +29,9 @@ static inline ce_row_rule ce_cross_entropy_rule(const ce_row_stats *s, double z_
     double own = s->mass_t == 0 && s->nll == s->nll ? 0 : s->mass_t * s->nll; /* 0 * inf is 0 here, NaN stays */
     ce_row_rule r;
     r.loss = own + s->cross_rest + (z == 0 ? 0 : z * s->lse);
-    r.a = s->mass_t + s->mass_rest + 2 * z;
-    r.g_t = s->mass_rest + 2 * z * s->p_t - (s->mass_t + s->mass_rest) * s->p_rest;
+    double mass = s->mass_t + s->mass_rest;
+    r.a = mass + 2 * z;
+    r.g_t = 2 * z * s->p_t + (s->mass_t > s->mass_rest ? s->mass_rest - mass * s->p_rest : mass * s->p_t - s->mass_t);
     return r;
 }
 
