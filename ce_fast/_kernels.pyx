@@ -52,6 +52,7 @@ cdef extern from "ce_fast.h" nogil:
     const ce_table *ce_isa(int i)
     int ce_max_threads()
     int ce_openmp()
+    double ce_sum_in_order(const double *values, int64_t n)
     int64_t ce_scan_targets(const ce_job *, int64_t *n_counted, double *weight_sum)
 
 DTYPES = {"float64": CE_FLOAT64, "float32": CE_FLOAT32, "float16": CE_FLOAT16, "bfloat16": CE_BFLOAT16}
@@ -160,8 +161,7 @@ def run_rows(int isa, bint compute_float64, int64_t n_rows, int64_t block_rows, 
                 first = b * block_rows
                 last = min(first + block_rows, n_rows)
                 sums[b] = rows(&job, first, last, tiles + threadid() * n_tiles)
-        for b in range(n_blocks):
-            total += sums[b]
+        total = ce_sum_in_order(sums, n_blocks)
     free(sums)
     free(tiles)
     return total

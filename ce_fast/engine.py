@@ -35,9 +35,7 @@ def _check(loss: "_Loss", logits: Logits, target, sample_weight) -> Call:
     rows = Rows(indices, loss.ignore_index, loss.weight, inputs.as_sample_weight(sample_weight, logits))
     counted, weight_sum = inputs.check_targets(rows, logits)
     n_rows = logits.rows.size // logits.n_classes
-    return Call(
-        logits, rows, soft, reduction.divisor(loss.reduction, loss.denominator, n_rows, counted, weight_sum)
-    )
+    return Call(logits, rows, soft, reduction.divisor(loss.reduction, loss.denominator, n_rows, counted, weight_sum))
 
 
 def _as_upstream(upstream, loss: "_Loss", logits: Logits) -> tuple[float, np.ndarray | None]:
@@ -90,7 +88,7 @@ def _emit(job: Job, plan: Plan, what: str, out: np.ndarray | None, axis: int) ->
         return backends.active().run(job, plan)
     fit = out.dtype.isnative and out.flags.aligned
     place = out if fit else np.empty(out.shape, job.logits.dtype)
-    job = replace(job, out=np.moveaxis(place, axis, -1), emit=what)
+    job = replace(job, out=inputs.class_last(place, axis), emit=what)
     loss_sum = backends.active().run(job, plan)
     if not fit:
         out[...] = place
@@ -134,7 +132,7 @@ def picked_loss(loss: "NLLLoss", log_probs, target, sample_weight, *, gradient=F
         grad[...] = 0
         slope = -weights * factor * reduction.gradient_scale(call.divisor)
         slope = slope if row_factors is None else slope * row_factors
-        rows = np.moveaxis(grad, checked.axis, -1)
+        rows = inputs.class_last(grad, checked.axis)
         np.put_along_axis(rows, picked, slope.reshape(picked.shape).astype(grad.dtype), -1)
     if loss.reduction == "none":
         dtype = np.float64 if checked.rows.dtype == np.float64 else np.float32
@@ -143,6 +141,7 @@ def picked_loss(loss: "NLLLoss", log_probs, target, sample_weight, *, gradient=F
 
 
 def _counts(rows: Rows) -> np.ndarray:
+    assert rows.target is not None
     counts = rows.target != rows.ignore_index
     return counts if rows.sample_weight is None else counts & (rows.sample_weight != 0)
 

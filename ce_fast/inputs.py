@@ -7,6 +7,7 @@ array, and integers in place of floats.
 import math
 import operator
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Integral, Real
 
 import numpy as np
@@ -47,6 +48,7 @@ def as_array(value, name: str) -> np.ndarray:
     return np.asarray(value)
 
 
+@lru_cache(maxsize=64)  # the name of a dtype costs a microsecond
 def is_float(dtype: np.dtype) -> bool:
     return dtype.name in FLOATS
 
@@ -82,6 +84,11 @@ def check_class_axis(class_axis):
         raise TypeError(f"class_axis is {class_axis!r}; expected an integer or None") from None
 
 
+def class_last(array: np.ndarray, axis: int) -> np.ndarray:
+    """A view of the array with its class axis last."""
+    return array if axis == array.ndim - 1 else np.moveaxis(array, axis, -1)
+
+
 def _class_axis(axis: int | None, shape: tuple[int, ...], name: str) -> int:
     ndim = len(shape)
     if ndim == 0:
@@ -104,7 +111,7 @@ def as_logits(value, class_axis: int | None, name: str = "logits") -> Logits:
     axis = _class_axis(class_axis, given.shape, name)
     if given.shape[axis] == 0:
         raise ValueError(f"{name} of shape {given.shape} has no classes along axis {axis}; expected at least 1")
-    return Logits(given, np.moveaxis(_readable(given), axis, -1), axis)
+    return Logits(given, class_last(_readable(given), axis), axis)
 
 
 def as_targets(value, logits: Logits) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -130,7 +137,7 @@ def as_targets(value, logits: Logits) -> tuple[np.ndarray | None, np.ndarray | N
             f"target of dtype {target.dtype} has shape {target.shape}; class probabilities need the shape {full} of "
             f"logits, and class indices (shape {outer}) an integer dtype"
         )
-    return None, np.moveaxis(_readable(target), logits.axis, -1)
+    return None, class_last(_readable(target), logits.axis)
 
 
 def as_row_values(value, logits: Logits, name: str) -> np.ndarray | None:

@@ -21,6 +21,8 @@ class _Loss:
     weight: np.ndarray | None = None
     ignore_index: int = -100
     reduction: str = "mean"
+    denominator: str | float = "weight"
+    class_axis: int | None = None
     _negative_weight: ClassVar[bool] = False
 
     def _set(self, **checked) -> None:
@@ -108,8 +110,6 @@ class CrossEntropyLoss(_Loss):
     label_smoothing: float = 0.0
     smoothing: str = "uniform"
     z_loss: float = 0.0
-    denominator: str | float = "weight"
-    class_axis: int | None = None
     n_threads: int | None = None
 
     def __init__(
@@ -219,9 +219,6 @@ class NLLLoss(_Loss):
     >>> round(ce.NLLLoss()(np.log([[0.5, 0.5], [0.25, 0.75]]), [0, 1]), 6)
     0.490415
     """
-
-    denominator: str | float = "weight"
-    class_axis: int | None = None
 
     def __init__(self, weight=None, ignore_index=-100, reduction="mean", *, denominator="weight", class_axis=None):
         self._set(weight=weight, ignore_index=ignore_index, reduction=reduction)

@@ -1,4 +1,4 @@
-"""The oracle: the losses as their formulas say, in NumPy's widest float (64-bit mantissa on x86), without tricks of speed.
+"""The oracle: the losses as their formulas say, in NumPy's widest float (64-bit mantissa on x86), with no eye on speed.
 
 Checked against mpmath in test_reference.py. Every function returns longdouble arrays.
 """

@@ -21,7 +21,9 @@ def rows():
     return get
 
 
-@pytest.mark.parametrize("name, length", [(name, "short") for name in DTYPES] + [("float32", "longest"), ("float64", "long")])
+@pytest.mark.parametrize(
+    "name, length", [(name, "short") for name in DTYPES] + [("float32", "longest"), ("float64", "long")]
+)
 def test_hard_rows_are_right_to_the_stated_ulp(variant, rows, name, length):
     tol = TOLERANCES[name]
     found = errors(rows(length, name), ours, DTYPES[name])

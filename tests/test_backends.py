@@ -45,7 +45,10 @@ def test_environment_chooses_the_backend_and_the_isa():
     show = "import ce_fast as ce; c = ce.show_config(mode='dicts'); print(c['backend'], c['isa'])"
     assert run_python(show, CE_FAST_BACKEND="numba")[0].startswith("numba")
     assert run_python(show, CE_FAST_ISA="baseline")[0] == "compiled baseline"
-    assert "CE_FAST_BACKEND is 'cuda'; expected one of ('compiled', 'numba')" in run_python(show, CE_FAST_BACKEND="cuda")[1]
+    assert (
+        "CE_FAST_BACKEND is 'cuda'; expected one of ('compiled', 'numba')"
+        in run_python(show, CE_FAST_BACKEND="cuda")[1]
+    )
     assert "CE_FAST_ISA is 'sse9'; this CPU and build have" in run_python(show, CE_FAST_ISA="sse9")[1]
 
 
@@ -98,7 +101,8 @@ def test_another_thread_keeps_its_own_backend():
 
 
 def test_import_needs_numpy_alone():
-    code = "import sys, ce_fast; print(*sorted({'torch', 'sklearn', 'numba', 'scipy', 'ml_dtypes', 'pandas'} & set(sys.modules)))"
+    hosts = {"torch", "sklearn", "numba", "scipy", "ml_dtypes", "pandas"}
+    code = f"import sys, ce_fast; print(*sorted({hosts} & set(sys.modules)))"
     assert run_python(code) == ("", "")
 
 

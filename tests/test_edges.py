@@ -18,7 +18,11 @@ def run(rows, target, sample_weight=None, **options):
 
 def test_row_that_does_not_count_leaks_nothing(variant):
     rows = [[NAN, INF, 1.0], [1.0, 2.0, 3.0], [NAN, NAN, NAN]]
-    for target, sample_weight in (([-100, 0, -100], None), ([1, 0, 2], [0.0, 1.0, 0.0]), ([7, 0, -3], [False, True, False])):
+    for target, sample_weight in (
+        ([-100, 0, -100], None),
+        ([1, 0, 2], [0.0, 1.0, 0.0]),
+        ([7, 0, -3], [False, True, False]),
+    ):
         loss, grad = run(rows, target, sample_weight)
         assert loss[0] == loss[2] == 0 and np.isfinite(loss[1])
         assert (grad[[0, 2]] == 0).all() and np.isfinite(grad[1]).all()
@@ -66,7 +70,9 @@ def test_mass_zero_against_minus_infinity_contributes_nothing(variant):
     assert loss[0] == INF
 
 
-@pytest.mark.parametrize("row", [[INF, 0.0, 1.0], [0.0, INF, 1.0], [INF, INF, INF], [-INF, -INF, -INF], [INF, -INF, 0.0]])
+@pytest.mark.parametrize(
+    "row", [[INF, 0.0, 1.0], [0.0, INF, 1.0], [INF, INF, INF], [-INF, -INF, -INF], [INF, -INF, 0.0]]
+)
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1}], ids=str)
 def test_plus_infinity_or_nothing_but_minus_infinity_is_nan(variant, row, options):
     loss, grad = run([row], [0], **options)
@@ -88,14 +94,19 @@ def test_logsumexp_has_its_true_limits(variant, dtype, n_classes):
         assert np.isnan(lse(at, INF, NAN)) and np.isnan(lse(at, NAN, 0.0))
 
 
-@pytest.mark.parametrize("options", [{}, {"denominator": "count"}, {"weight": np.zeros(3)}], ids=["weight", "count", "zero"])
+@pytest.mark.parametrize(
+    "options", [{}, {"denominator": "count"}, {"weight": np.zeros(3)}], ids=["weight", "count", "zero"]
+)
 def test_mean_over_nothing_is_nan_with_gradient_zero(variant, options):
     target = [-100, -100] if "weight" not in options else [0, 1]
     value, grad = ce.CrossEntropyLoss(**options).value_and_grad(np.ones((2, 3)), np.array(target))
     assert math.isnan(value) and (grad == 0).all()
-    assert ce.CrossEntropyLoss(reduction="sum", **{k: v for k, v in options.items() if k != "denominator"})(
-        np.ones((2, 3)), np.array(target)
-    ) == 0
+    assert (
+        ce.CrossEntropyLoss(reduction="sum", **{k: v for k, v in options.items() if k != "denominator"})(
+            np.ones((2, 3)), np.array(target)
+        )
+        == 0
+    )
 
 
 def test_no_rows_give_nan_mean_and_zero_sum(variant, dtype):

@@ -20,9 +20,7 @@ def check(logits, target, *, sample_weight=None, upstream=None, in_place=False, 
     oracle_options = {k: v for k, v in options.items() if k != "n_threads"}
     if oracle_options.get("class_axis") is None:
         oracle_options["class_axis"] = -1
-    expected = reference.cross_entropy(
-        logits, target, sample_weight=sample_weight, upstream=upstream, **oracle_options
-    )
+    expected = reference.cross_entropy(logits, target, sample_weight=sample_weight, upstream=upstream, **oracle_options)
     reduction = options.get("reduction", "mean")
     before = logits.copy()
     value = loss(logits, target, sample_weight)
@@ -50,9 +48,7 @@ def probabilities(rng, shape, dtype, axis=-1):
 @pytest.mark.parametrize("n_classes", WIDTHS)
 @pytest.mark.parametrize("in_place", [False, True], ids=["new", "in_place"])
 def test_plain_cross_entropy_equals_the_oracle(variant, dtype, n_classes, in_place, rng):
-    check(
-        normal(rng, (9, n_classes), dtype), rng.integers(0, n_classes, 9), reduction="none", in_place=in_place
-    )
+    check(normal(rng, (9, n_classes), dtype), rng.integers(0, n_classes, 9), reduction="none", in_place=in_place)
 
 
 @pytest.mark.parametrize("n_classes", [1, 3, 33, 1025])

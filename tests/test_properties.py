@@ -79,6 +79,13 @@ def test_softmax_and_its_relatives_agree(logits):
     assert ce.perplexity(logits, t) == pytest.approx(np.exp(ce.cross_entropy(logits, t)), rel=1e-14)
 
 
+def test_a_million_equal_rows_have_the_mean_of_one(backend):
+    """Their roundings all go one way: plain float64 additions would lose thousands of ulp."""
+    rows = np.zeros((1_000_000, 3), np.float32)
+    weight = np.full(1_000_000, 0.1)
+    assert ce.cross_entropy(rows, np.zeros(1_000_000, int), sample_weight=weight) == pytest.approx(np.log(3), rel=1e-15)
+
+
 @settings(deadline=None)
 @given(ROWS)
 def test_boolean_sample_weight_is_a_mask(logits):

@@ -24,8 +24,9 @@ def test_floats_are_rounded_to_16_bits_as_numpy_rounds(variant, dtype, rng):
     halves = halves[np.isfinite(halves)]
     finite = halves[np.abs(halves) < 2.0**126]
     ties = ((finite[1:].astype(np.float64) + finite[:-1]) / 2).astype(np.float32)
-    values = np.concatenate([halves, ties, np.nextafter(ties, np.float32(np.inf)), np.nextafter(ties, -np.float32(np.inf))])
-    values = np.concatenate([values, (rng.standard_normal(20000) * 10.0 ** rng.integers(-12, 6, 20000)).astype(np.float32)])
+    beside = [np.nextafter(ties, np.float32(side)) for side in (np.inf, -np.inf)]
+    anything = (rng.standard_normal(20000) * 10.0 ** rng.integers(-12, 6, 20000)).astype(np.float32)
+    values = np.concatenate([halves, ties, *beside, anything])
     values = values[np.abs(values) < 1e38]
     zeros = np.zeros((values.size, 2), dtype)
     _, grad = ce.CrossEntropyLoss(reduction="none").value_and_grad(

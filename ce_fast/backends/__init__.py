@@ -36,10 +36,10 @@ class Rows:
 class Job:
     """One pass over logits. Arrays of logits' shape are views with the class axis last, of any strides.
 
-        mass_k = weight_k (on * q_k + off)               q: soft, or one-hot of target
-        loss_i = s_i [sum_k mass_k (lse - x_k) + w z_loss lse^2],   w = weight_target, 1 for soft
-        out_i  = upstream_i scale dloss_i/dx             emit="gradient"; softmax if there is no target
-               = x - lse                                 emit="log_softmax"
+    mass_k = weight_k (on * q_k + off)               q: soft, or one-hot of target
+    loss_i = s_i [sum_k mass_k (lse - x_k) + w z_loss lse^2],   w = weight_target, 1 for soft
+    out_i  = upstream_i scale dloss_i/dx             emit="gradient"; softmax if there is no target
+    out_i  = x - lse                                 emit="log_softmax"
     """
 
     logits: np.ndarray  # IN (outer..., n_classes)
@@ -97,7 +97,7 @@ def active() -> ModuleType:
     return _load(active_name())
 
 
-class use_backend:  # noqa: N801  (reads as a call and as a context manager)
+class use_backend:
     """Choose the backend: ``use_backend("numba")`` for good, ``with use_backend("numba"):`` for a block.
 
     The choice is a context variable: another thread, or another asyncio task, keeps its own.

@@ -3,6 +3,9 @@
 import os
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
+
+import numpy as np
 
 from ce_fast import _kernels
 from ce_fast.backends import Job, Rows
@@ -18,9 +21,8 @@ def _isa_index(name: str, source: str) -> int:
     return ISAS.index(name)
 
 
-_isa: ContextVar[int] = ContextVar(
-    "ce_fast_isa", default=_isa_index(os.environ.get("CE_FAST_ISA") or ISAS[-1], "CE_FAST_ISA")
-)
+_best = _isa_index(os.environ.get("CE_FAST_ISA") or ISAS[-1], "CE_FAST_ISA")
+_isa: ContextVar[int] = ContextVar("ce_fast_isa", default=_best)
 
 
 @contextmanager
@@ -33,17 +35,18 @@ def _use_isa(name: str):
         _isa.reset(token)
 
 
-def _index_type(target) -> int:
-    return 0 if target is None else _kernels.INDEX_TYPES[target.dtype.name]
+@lru_cache(maxsize=64)  # the name of a dtype costs a microsecond
+def _code(dtype: np.dtype) -> int:
+    return {**_kernels.DTYPES, **_kernels.INDEX_TYPES}[dtype.name]
 
 
-def _dtype(array) -> int:
-    return 0 if array is None else _kernels.DTYPES[array.dtype.name]
+def _dtype(array: np.ndarray | None) -> int:
+    return 0 if array is None else _code(array.dtype)
 
 
 def scan_targets(rows: Rows, n_rows: int, n_classes: int) -> tuple[int, int, float]:
     return _kernels.scan_targets(
-        rows.target, _index_type(rows.target), rows.ignore_index, n_rows, n_classes, rows.weight, rows.sample_weight
+        rows.target, _dtype(rows.target), rows.ignore_index, n_rows, n_classes, rows.weight, rows.sample_weight
     )
 
 
@@ -52,7 +55,7 @@ def run(job: Job, plan: Plan) -> float:
     return _kernels.run_rows(
         _isa.get(), plan.compute_dtype.itemsize == 8, plan.n_rows, plan.block_rows, plan.n_threads,
         job.logits, _dtype(job.logits), job.soft, _dtype(job.soft), job.out, _kernels.EMIT[job.emit],
-        rows.target, _index_type(rows.target), rows.ignore_index,
+        rows.target, _dtype(rows.target), rows.ignore_index,
         rows.weight, rows.sample_weight, job.upstream,
         job.on, job.off, job.z_loss, job.scale, job.loss, job.lse,
     )  # fmt: skip

@@ -20,17 +20,34 @@ _EMPTY = np.empty(0)
 
 
 def max_threads() -> int:
+    limit = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]  # set when numba is imported
     omp = os.environ.get("OMP_NUM_THREADS", "")
-    return min(numba.config.NUMBA_NUM_THREADS, int(omp) if omp.isdigit() else numba.config.NUMBA_NUM_THREADS)
+    return min(limit, int(omp)) if omp.isdigit() else limit
 
 
 def config() -> dict:
-    return {"isa": numba.config.CPU_NAME or "native", "isas": (), "openmp": False}
+    return {"isa": numba.config.CPU_NAME or "native", "isas": (), "openmp": False}  # type: ignore[attr-defined]
+
+
+@_jit
+def _add(total, lost, term):
+    """Kahan's sum: one by one, 150,000 float64 terms would lose some 60 ulp."""
+    term -= lost
+    new = total + term
+    return new, ((new - total) - term) if math.isfinite(new) else 0.0
+
+
+@_jit
+def _sum_in_order(values):
+    total, lost = 0.0, 0.0
+    for value in values:
+        total, lost = _add(total, lost, value)
+    return total
 
 
 @_jit
 def _scan(target, has_target, ignore_index, weight, sample_weight, n_rows, n_classes):
-    counted, total = 0, 0.0
+    counted, total, lost = 0, 0.0, 0.0
     for i in range(n_rows):
         s = sample_weight[i] if sample_weight.size else 1.0
         if s == 0:
@@ -44,7 +61,7 @@ def _scan(target, has_target, ignore_index, weight, sample_weight, n_rows, n_cla
             if weight.size:
                 s *= weight[t]
         counted += 1
-        total += s
+        total, lost = _add(total, lost, s)
     return -1, counted, total
 
 
@@ -64,14 +81,6 @@ def _exp_minus(x, m):
         return math.exp(d)
     b = d - x
     return math.exp(d) * (1.0 + ((x - (d - b)) - (m + b)))
-
-
-@_jit
-def _add(total, lost, term):
-    """Kahan's sum: one by one, 150,000 float64 terms would lose some 60 ulp."""
-    term -= lost
-    new = total + term
-    return new, ((new - total) - term) if math.isfinite(new) else 0.0
 
 
 @_jit
@@ -205,7 +214,7 @@ def _limit_lse(x):
 @_jit
 def _rows(x, q, out, target, has_target, ignore_index, weight, sample_weight, upstream,
           on, off, z_loss, scale, emit, tiny, loss, lse):  # fmt: skip
-    total = 0.0
+    total, lost = 0.0, 0.0
     for i in range(x.shape[0]):
         s = sample_weight[i] if sample_weight.size else 1.0
         t = target[i] if has_target else -1
@@ -217,7 +226,7 @@ def _rows(x, q, out, target, has_target, ignore_index, weight, sample_weight, up
             continue
         u = scale * (upstream[i] if upstream.size else 1.0)
         row_loss, row_lse = _row(x[i], q[i], out[i], t, weight, on, off, z_loss, s, u, emit, tiny)
-        total += row_loss
+        total, lost = _add(total, lost, row_loss)
         if loss.size:
             loss[i] = row_loss
         if lse.size:
@@ -284,4 +293,4 @@ def run(job: Job, plan: Plan) -> float:
     else:
         with ThreadPoolExecutor(plan.n_threads) as pool:
             sums = list(pool.map(lambda first: _run_block(job, plan, first), starts))
-    return float(sum(sums))
+    return _sum_in_order(np.array(sums, np.float64))

@@ -67,6 +67,7 @@ int ce_max_threads(void);             /* OpenMP's limit for the calling thread; 
 int ce_openmp(void);                  /* _OPENMP, or 0 */
 
 /* targets.c */
+double ce_sum_in_order(const double *values, int64_t n);
 int64_t ce_target_at(const void *target, ce_index_type type, int64_t i);
 int64_t ce_scan_targets(const ce_job *job, int64_t *n_counted, double *weight_sum);
 

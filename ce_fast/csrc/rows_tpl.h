@@ -11,6 +11,7 @@
 #include "ce_fast.h"
 #include "rules.h"
 #include "storage.h"
+#include "sums.h"
 #include "vecmath.h"
 
 #ifndef CE_ROWS_COMMON
@@ -398,8 +399,8 @@ static double NAME(run_row)(const ce_job *job, int64_t i, ce_reference *tiles)
 
 static double NAME(rows)(const ce_job *job, int64_t first, int64_t last, ce_reference *tiles)
 {
-    double sum = 0;
+    ce_sum sum = {0, 0};
     for (int64_t i = first; i < last; i++)
-        sum += NAME(run_row)(job, i, tiles);
-    return sum;
+        ce_add(&sum, NAME(run_row)(job, i, tiles));
+    return ce_total(&sum);
 }

@@ -1,5 +1,5 @@
-/* Class indices of any integer type, read as they are. */
-#include "ce_fast.h"
+/* What is done once a row and not once a logit: reading class indices, counting rows, adding up. */
+#include "sums.h"
 
 int64_t ce_target_at(const void *target, ce_index_type type, int64_t i)
 {
@@ -19,12 +19,20 @@ int64_t ce_target_at(const void *target, ce_index_type type, int64_t i)
     return -1;
 }
 
+double ce_sum_in_order(const double *values, int64_t n)
+{
+    ce_sum sum = {0, 0};
+    for (int64_t i = 0; i < n; i++)
+        ce_add(&sum, values[i]);
+    return ce_total(&sum);
+}
+
 /* The position of the first target that counts and is no class, or -1. Rows of sample weight 0 are not read.
    *n_counted: rows that count; *weight_sum: sum over them of s_i w_t, with w_t = 1 for class probabilities. */
 int64_t ce_scan_targets(const ce_job *job, int64_t *n_counted, double *weight_sum)
 {
     int64_t counted = 0;
-    double sum = 0;
+    ce_sum sum = {0, 0};
     for (int64_t i = 0; i < job->n_rows; i++) {
         double s = job->sample_weight ? job->sample_weight[i] : 1;
         if (s == 0)
@@ -38,9 +46,9 @@ int64_t ce_scan_targets(const ce_job *job, int64_t *n_counted, double *weight_su
             s *= job->weight ? job->weight[t] : 1;
         }
         counted++;
-        sum += s;
+        ce_add(&sum, s);
     }
     *n_counted = counted;
-    *weight_sum = sum;
+    *weight_sum = ce_total(&sum);
     return -1;
 }

@@ -22,23 +22,6 @@
 #define CE_LN2_HI 0x1.62e42feep-1 /* 32 bits: exact times any |k| < 2^20 */
 #define CE_LN2_LO 0x1.a39ef35793c76p-33
 
-typedef struct {
-    double high, low; /* the sum, and what its roundings lost */
-} ce_sum;
-
-/* Neumaier's sum: over the 150 tiles of a long row, plain additions alone cost up to 3 ulp */
-CE_INLINE void ce_add(ce_sum *s, double term)
-{
-    double sum = s->high + term;
-    s->low += fabs(s->high) >= fabs(term) ? (s->high - sum) + term : (term - sum) + s->high;
-    s->high = sum;
-}
-
-CE_INLINE double ce_total(const ce_sum *s)
-{
-    return isfinite(s->high) ? s->high + s->low : s->high;
-}
-
 /* exp(d) 2^-n in double precision, for the few scalars of a row */
 CE_INLINE double ce_exp_scaled(double d, int64_t n)
 {

@@ -1,0 +1,138 @@
+"""What is built and installed: the wheel, the sdist, and the builds of lesser compilers."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = {
+    "__init__", "config", "engine", "inputs", "losses", "plan", "reduction", "threads",
+    "backends/__init__", "backends/compiled", "backends/numba",
+    "adapters/__init__", "adapters/numpy", "adapters/sklearn", "adapters/torch",
+}  # fmt: skip
+C_SOURCES = {path.name for path in (ROOT / "ce_fast/csrc").iterdir()}
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not run from a source tree")
+
+
+def run(*command, cwd, **env):
+    """Output of a command; its error output is part of what a failure shows."""
+    clean = {k: v for k, v in os.environ.items() if k != "CE_FAST_REQUIRE_EXT"}
+    done = subprocess.run(
+        command, cwd=cwd, env={**clean, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
+    )
+    return done.returncode, done.stdout
+
+
+def checked(*command, cwd, **env):
+    code, output = run(*command, cwd=cwd, **env)
+    assert code == 0, output
+    return output
+
+
+def build(kind, source, target, **env):
+    """The one file that `python -m build` makes of the source tree, and the output."""
+    output = checked(
+        sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(target), str(source),
+        cwd=target, **env,
+    )  # fmt: skip
+    (made,) = target.iterdir()
+    return made, output
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """Built from a copy of what would be committed: a build writes into its source tree."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
+    listed = checked("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).split()
+    for name in listed:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    made, _ = build("sdist", source, target)
+    return made
+
+
+@pytest.fixture
+def unpacked(sdist, tmp_path):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (folder,) = (tmp_path / "unpacked").iterdir()
+    (tmp_path / "wheel").mkdir()
+    return folder, tmp_path / "wheel"
+
+
+def test_sdist_holds_all_that_a_build_and_its_tests_need(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    expected = {f"ce_fast/csrc/{name}" for name in C_SOURCES} | {"ce_fast/_kernels.pyx", "setup.py", "LICENSE"}
+    expected |= {"adapters/torch.py", "tests/reference.py", "tests/conftest.py", "constraints.txt", "Makefile"}
+    assert expected <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc", "_kernels.c"))]
+
+
+def test_wheel_holds_the_modules_the_extension_and_no_sources(unpacked):
+    folder, target = unpacked
+    wheel, _ = build("wheel", folder, target, CE_FAST_REQUIRE_EXT="1")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"ce_fast/{name}.py" for name in PYTHON} | {"ce_fast/py.typed", "ce_fast/_kernels.pyi"} <= names
+    assert sum(name.startswith("ce_fast/_kernels.") and name.endswith(".so") for name in names) == 1
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert tops == {"ce_fast"}
+    assert not [name for name in names if name.endswith((".c", ".h", ".pyx"))]
+
+
+def test_sdist_installs_into_an_empty_environment_and_runs_on_numpy_alone(sdist, tmp_path):
+    checked(sys.executable, "-m", "venv", str(tmp_path / "env"), cwd=tmp_path)
+    python = str(tmp_path / "env/bin/python")
+    checked(python, "-m", "pip", "install", "-q", str(sdist), cwd=tmp_path, CE_FAST_REQUIRE_EXT="1")
+    code = """
+import sys, ce_fast as ce
+hosts = {"torch", "sklearn", "numba", "scipy"} & set(sys.modules)
+print(ce.show_config(mode="dicts")["backend"], round(ce.cross_entropy([[2.0, 0.0]], [0]), 4), sorted(hosts))
+import importlib.util
+print(importlib.util.find_spec("ce_fast.adapters.torch") is not None, importlib.util.find_spec("adapters"))
+"""
+    output = checked(python, "-c", code, cwd=tmp_path)
+    assert output.splitlines() == ["compiled 0.1269 []", "True None"]
+    freeze = checked(python, "-m", "pip", "list", "--format=freeze", cwd=tmp_path)
+    assert {line.split("==")[0] for line in freeze.splitlines()} <= {"ce_fast", "numpy", "pip", "setuptools"}
+
+
+def test_without_a_compiler_the_install_succeeds_and_names_the_numba_extra(unpacked):
+    folder, target = unpacked
+    wheel, output = build("wheel", folder, target, CC="/nonexistent/cc")
+    assert "pip install 'ce_fast[numba]'" in output
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "ce_fast/backends/numba.py" in names and not [name for name in names if name.endswith(".so")]
+
+
+def test_without_a_compiler_a_required_extension_is_a_failure(unpacked):
+    folder, target = unpacked
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(folder)]
+    code, output = run(*command, cwd=target, CC="/nonexistent/cc", CE_FAST_REQUIRE_EXT="1")
+    assert code != 0 and "/nonexistent/cc" in output and not list(target.iterdir())
+
+
+def test_without_openmp_the_build_is_serial_and_says_so(unpacked, tmp_path):
+    folder, target = unpacked
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\nfor a in "$@"; do [ "$a" = -fopenmp ] && exit 1; done\nexec gcc "$@"\n')
+    compiler.chmod(0o755)
+    wheel, output = build("wheel", folder, target, CC=str(compiler), CE_FAST_REQUIRE_EXT="1")
+    assert "no working OpenMP" in output
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    code = """
+import sys
+sys.path.insert(0, "installed")
+import numpy as np, ce_fast as ce
+assert "installed" in ce.__file__
+config = ce.show_config(mode="dicts")
+print(config["openmp"], config["threads"], ce.CrossEntropyLoss(n_threads=2)(np.zeros((8000, 8)), np.zeros(8000, int)))
+"""
+    assert checked(sys.executable, "-c", code, cwd=tmp_path).split() == ["False", "1", str(3 * 0.6931471805599453)]
