@@ -1,5 +1,6 @@
 """What this installation runs on."""
 
+import platform
 import sys
 
 import numpy as np
@@ -36,9 +37,6 @@ def show_config(mode: str = "stdout") -> dict | None:
     """
     if mode not in ("stdout", "dicts"):
         raise ValueError(f"mode is {mode!r}; expected 'stdout' or 'dicts'")
-    import importlib.metadata  # 10 ms that `import ce_fast` need not pay
-    import platform
-
     backend = backends.active()
     found = {
         "backend": backends.active_name(),
@@ -48,7 +46,7 @@ def show_config(mode: str = "stdout") -> dict | None:
             "ce_fast": __version__,
             "python": platform.python_version(),
             "numpy": np.__version__,
-            **{name: importlib.metadata.version(name) for name in ("numba", "torch", "sklearn") if name in sys.modules},
+            **{name: sys.modules[name].__version__ for name in ("numba", "sklearn", "torch") if name in sys.modules},
         },
     }
     if mode == "dicts":

@@ -133,6 +133,8 @@ def test_show_config_prints_or_returns(capsys):
     printed = capsys.readouterr().out
     config = ce.show_config(mode="dicts")
     assert config["backend"] in printed and config["isa"] in printed and config["versions"]["numpy"] == np.__version__
+    sklearn = pytest.importorskip("sklearn")
+    assert ce.show_config(mode="dicts")["versions"]["sklearn"] == sklearn.__version__
     with pytest.raises(ValueError, match="mode is 'json'; expected 'stdout' or 'dicts'"):
         ce.show_config(mode="json")
 

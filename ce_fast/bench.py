@@ -1,0 +1,639 @@
+"""The ratio table: how much faster than its peers ce_fast is, here and now.
+
+    python -m ce_fast.bench [--quick] [--json FILE] [--repeats N] [--check] [--markdown] [NAME ...]
+
+Every workload is defined once, here; the asv suite and the demo take them from this module. Ours and every installed
+peer work on the same input, in one process, with the same number of threads, and take turns, so that what disturbs
+the machine disturbs all of them.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import ce_fast
+from ce_fast.threads import SERIAL_LOGITS
+
+OURS = "ce_fast"
+TORCH, SKLEARN, JAX, READ = "torch eager", "scikit-learn", "jax jit", "read once (amax)"
+MIB = 2**20
+MEMORY_BAR = MIB  # bytes beyond the input; torch takes the logits' size once more
+SHORTEST = 0.005  # seconds; a quicker call is made again until its turn lasts that long
+PAUSE = 0.01  # seconds before a turn; the threads of the one before spin for some milliseconds before they sleep
+
+Shape = tuple[int, ...]
+Call = Callable[[], object]
+Calls = dict[str, Call]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Whom to measure against. Bar and goal are of the ratio peer / ours; None where there is none."""
+
+    name: str
+    at_least: float | None = None
+    goal: float | None = None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One piece of work that ours and its peers do on the same input.
+
+    `setup(shape, n_threads)` makes the input and returns a callable by name for whatever is installed: `OURS` and
+    the peers. Calls that compute (all but `READ`) return the same value, or (value, gradient).
+    """
+
+    name: str
+    work: str
+    shape: Shape
+    setup: Callable[[Shape, int], Calls]
+    peers: tuple[Peer, ...]
+
+    @property
+    def quick_shape(self) -> Shape:
+        """A quarter of the rows, and all the columns; a small call stays as it is."""
+        rows, *rest = self.shape
+        return (max(1, rows // 4), *rest) if math.prod(self.shape) >= SERIAL_LOGITS else self.shape
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one workload against one peer; None where one of them is not installed."""
+
+    name: str
+    work: str
+    shape: Shape
+    peer: str
+    ours_seconds: float | None
+    peer_seconds: float | None
+    at_least: float | None
+    goal: float | None
+
+    @property
+    def ns_per_logit(self) -> float | None:
+        return None if self.ours_seconds is None else 1e9 * self.ours_seconds / math.prod(self.shape)
+
+    @property
+    def ratio(self) -> float | None:
+        if self.ours_seconds is None or self.peer_seconds is None:
+            return None
+        return self.peer_seconds / self.ours_seconds
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the bar is met; None without a bar or a measurement."""
+        return None if self.at_least is None or self.ratio is None else self.ratio >= self.at_least
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by which the process grew during a call, beyond its input, by who made the call."""
+
+    work: str
+    growth: dict[str, int | None]
+    at_most: int = MEMORY_BAR
+
+    @property
+    def met(self) -> bool | None:
+        ours = self.growth.get(OURS)
+        return None if ours is None else ours < self.at_most
+
+
+# --- The workloads ----------------------------------------------------------------------------------------------------
+
+
+def installed(module: str) -> bool:
+    """Whether `module` could be imported; imports nothing."""
+    return importlib.util.find_spec(module) is not None
+
+
+def make_logits(shape: Shape, dtype: str = "float32", class_axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
+    """Random logits and class indices, the same at every call.
+
+    Parameters
+    ----------
+    shape : tuple of int
+    dtype : {"float32", "float64", "bfloat16"}
+        bfloat16 needs `ml_dtypes`.
+    class_axis : int
+
+    Returns
+    -------
+    logits : ndarray of shape `shape`
+        Normal, of standard deviation 3.
+    target : int64 ndarray of shape `shape` without the class axis
+    """
+    rng = np.random.default_rng(0)
+    drawn = np.float64 if dtype == "float64" else np.float32
+    logits = rng.standard_normal(shape, dtype=drawn)
+    logits *= 3
+    rows = list(shape)
+    target = rng.integers(rows.pop(class_axis), size=rows)
+    if dtype != "bfloat16":
+        return logits, target
+    import ml_dtypes
+
+    return logits.astype(ml_dtypes.bfloat16), target
+
+
+def as_tensor(array: np.ndarray):
+    """A torch tensor that shares the memory of `array`; torch.from_numpy does not know bfloat16."""
+    import torch
+
+    if array.dtype.name != "bfloat16":
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+
+
+def _read(logits: np.ndarray) -> Call:
+    """Read an array once; NumPy's own maximum has one thread."""
+    if not installed("torch"):
+        return partial(np.max, logits)
+    import torch
+
+    return partial(torch.amax, as_tensor(logits))
+
+
+def _jax(logits: np.ndarray, target: np.ndarray, gradient: bool = False) -> Call:
+    import jax
+
+    def loss(x, y):
+        picked = jax.numpy.take_along_axis(x, y[:, None], axis=1)[:, 0]
+        return (jax.nn.logsumexp(x, axis=1) - picked).mean()
+
+    compiled = jax.jit(jax.value_and_grad(loss) if gradient else loss)
+    x, y = jax.numpy.asarray(logits), jax.numpy.asarray(target)
+    return lambda: jax.block_until_ready(compiled(x, y))
+
+
+def _forward(shape: Shape, n_threads: int, *, dtype="float32", class_axis=None, backend=None, **options) -> Calls:
+    if (dtype == "bfloat16" and not installed("ml_dtypes")) or (backend is not None and not installed(backend)):
+        return {}
+    logits, target = make_logits(shape, dtype, -1 if class_axis is None else class_axis)
+
+    def ours():
+        if backend is None:
+            return ce_fast.cross_entropy(logits, target, class_axis=class_axis, **options)
+        with ce_fast.use_backend(backend):
+            return ce_fast.cross_entropy(logits, target, class_axis=class_axis, **options)
+
+    calls: Calls = {OURS: ours, READ: _read(logits)}
+    if installed("torch"):
+        import torch
+
+        cross_entropy = torch.nn.functional.cross_entropy
+        calls[TORCH] = partial(cross_entropy, as_tensor(logits), torch.from_numpy(target), **options)
+    if installed("jax") and logits.ndim == 2 and not options:
+        calls[JAX] = _jax(logits, target)
+    return calls
+
+
+def _torch_step(function, x, y):
+    x.grad = None
+    loss = function(x, y)
+    loss.backward()
+    return loss.detach(), x.grad
+
+
+def _gradient(shape: Shape, n_threads: int) -> Calls:
+    logits, target = make_logits(shape)
+    calls: Calls = {OURS: partial(ce_fast.CrossEntropyLoss().value_and_grad, logits, target)}
+    if installed("torch"):
+        import torch
+
+        x, y = torch.from_numpy(logits).requires_grad_(), torch.from_numpy(target)
+        calls[TORCH] = partial(_torch_step, torch.nn.functional.cross_entropy, x, y)
+    if installed("jax"):
+        calls[JAX] = _jax(logits, target, gradient=True)
+    return calls
+
+
+def _autograd(shape: Shape, n_threads: int) -> Calls:
+    if not installed("torch"):
+        return {}
+    import torch
+
+    from ce_fast.adapters import torch as adapter
+
+    logits, target = make_logits(shape)
+    x, y = torch.from_numpy(logits).requires_grad_(), torch.from_numpy(target)
+    return {
+        OURS: partial(_torch_step, adapter.cross_entropy, x, y),
+        TORCH: partial(_torch_step, torch.nn.functional.cross_entropy, x, y),
+    }
+
+
+def make_probabilities(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """(probabilities, labels): float64 rows that sum to 1, and labels of which every class has some."""
+    rng = np.random.default_rng(0)
+    probabilities = rng.random(shape)
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    return probabilities, rng.permutation(shape[0]) % shape[1]
+
+
+def _log_loss(shape: Shape, n_threads: int) -> Calls:
+    if not installed("sklearn"):
+        return {}
+    from sklearn.metrics import log_loss
+
+    from ce_fast.adapters import sklearn as adapter
+
+    probabilities, labels = make_probabilities(shape)
+    return {OURS: partial(adapter.log_loss, labels, probabilities), SKLEARN: partial(log_loss, labels, probabilities)}
+
+
+def _multinomial(shape: Shape, n_threads: int) -> Calls:
+    logits, target = make_logits(shape, "float64")
+    calls: Calls = {OURS: partial(ce_fast.CrossEntropyLoss(reduction="none").value_and_grad, logits, target)}
+    if not installed("sklearn"):
+        return calls
+    try:  # it is private: another release may have renamed or changed it
+        from sklearn._loss.loss import HalfMultinomialLoss
+
+        loss_gradient = HalfMultinomialLoss(n_classes=shape[1]).loss_gradient
+        loss_gradient(y_true=target[:1].astype(float), raw_prediction=logits[:1].copy(), n_threads=n_threads)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return calls
+    y_true = target.astype(float)
+    calls[SKLEARN] = partial(loss_gradient, y_true=y_true, raw_prediction=logits, n_threads=n_threads)
+    return calls
+
+
+LONG, SHORT, PIXELS = (1024, 50257), (1_000_000, 10), (8, 21, 512, 512)
+FORWARD = Workload(
+    "forward",
+    "forward float32",
+    LONG,
+    _forward,
+    (Peer(TORCH, 4, 10), Peer(READ, 1 / 1.8, 1 / 1.2), Peer(JAX)),  # at most 1.8 times as long as one read
+)
+WORKLOADS = (
+    FORWARD,
+    Workload("bfloat16", "forward bfloat16", LONG, partial(_forward, dtype="bfloat16"), (Peer(TORCH, 3, 6),)),
+    Workload("smoothing", "forward, label smoothing", LONG, partial(_forward, label_smoothing=0.1), (Peer(TORCH),)),
+    Workload("numba", "forward, Numba backend", LONG, partial(_forward, backend="numba"), (Peer(TORCH, 2, 4),)),
+    Workload("autograd", "torch: loss and backward", LONG, _autograd, (Peer(TORCH, 5, 15),)),
+    Workload("ten", "forward, 10 classes", SHORT, _forward, (Peer(TORCH, 12, 30),)),
+    Workload("ten-gradient", "loss and gradient, 10 classes", SHORT, _gradient, (Peer(TORCH, 10, 20), Peer(JAX))),
+    Workload("two", "forward, 2 classes", (1_000_000, 2), _forward, (Peer(TORCH, 10, 20),)),
+    Workload("pixels", "forward, class axis 1", PIXELS, partial(_forward, class_axis=1), (Peer(TORCH, 8, 15),)),
+    Workload("log-loss", "log_loss, float64", SHORT, _log_loss, (Peer(SKLEARN, 25, 60),)),
+    Workload("multinomial", "loss and gradient, float64", (100_000, 100), _multinomial, (Peer(SKLEARN, 5, 10),)),
+    Workload("small", "one small call, one thread", (32, 10), _forward, (Peer(TORCH, 2, 5),)),
+)
+BY_NAME = {workload.name: workload for workload in WORKLOADS}
+MEMORY = "memory"  # the name of the line about it
+
+
+# --- Time -------------------------------------------------------------------------------------------------------------
+
+
+def _config() -> dict:
+    return ce_fast.show_config(mode="dicts") or {}
+
+
+def thread_count(shape: Shape = LONG) -> int:
+    """The number of threads that ours uses for logits of this shape; its peers get as many."""
+    return 1 if math.prod(shape) < SERIAL_LOGITS else _config()["threads"]
+
+
+@contextlib.contextmanager
+def torch_threads(n_threads: int) -> Iterator[None]:
+    """Give torch, if it is installed, `n_threads` threads for a block."""
+    if not installed("torch"):
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _turn(call: Call) -> list[float]:
+    """Seconds of single calls: one, or as many as fill `SHORTEST`."""
+    seconds: list[float] = []
+    until = time.perf_counter() + SHORTEST
+    while not seconds or time.perf_counter() < until:
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def medians(calls: Calls, repeats: int) -> dict[str, float]:
+    """Seconds that each call takes, measured in turns.
+
+    Parameters
+    ----------
+    calls : dict of str to callable
+    repeats : int
+        Rounds; each gives every call one turn, every other round in reverse order.
+
+    Returns
+    -------
+    dict of str to float
+        The medians over the single calls of all rounds: the mean of small calls would be that of the few that had to
+        wait for a busy core.
+    """
+    for call in calls.values():
+        call()  # compiles, starts threads
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(repeats):
+            for name in list(calls)[:: -1 if i % 2 else 1]:
+                time.sleep(PAUSE)
+                times[name].extend(_turn(calls[name]))
+    finally:
+        gc.enable()
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def measure(workload: Workload, shape: Shape | None = None, repeats: int = 7) -> list[Row]:
+    """Time a workload against all its peers.
+
+    Parameters
+    ----------
+    workload : Workload
+    shape : tuple of int, optional
+        Of the input; the workload's own by default.
+    repeats : int, default=7
+
+    Returns
+    -------
+    list of Row
+        One for each peer.
+    """
+    shape = workload.shape if shape is None else shape
+    n_threads = thread_count(shape)
+    with torch_threads(n_threads):
+        made = workload.setup(shape, n_threads)
+        wanted = (OURS, *(peer.name for peer in workload.peers))
+        seconds = medians({name: made[name] for name in wanted if name in made}, repeats)
+    ours, work = seconds.get(OURS), f"{workload.work} {list(shape)}"
+    return [
+        Row(workload.name, work, shape, peer.name, ours, seconds.get(peer.name), peer.at_least, peer.goal)
+        for peer in workload.peers
+    ]
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+
+def _status(key: str) -> int:
+    """A size in /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def peak_growth(call: Call) -> int | None:
+    """Bytes by which the resident set of this process, at its peak during `call`, exceeds what it was before.
+
+    Returns
+    -------
+    int or None
+        Where the kernel does not let the peak be reset, the peak of the whole process counts: an upper bound. None
+        without /proc.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc kept would hide what the call takes
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # peak := now
+    try:
+        before = _status("VmRSS")
+        call()
+        return max(0, _status("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _growth_here(name: str, who: str, shape: Shape) -> int | None:
+    workload, n_threads = BY_NAME[name], thread_count()
+    with torch_threads(n_threads):
+        workload.setup((64, 1024), n_threads)[who]()  # libraries and threads come once, not with every call
+        return peak_growth(workload.setup(shape, n_threads)[who])
+
+
+def forward_growth(who: str = OURS, shape: Shape = LONG, name: str = FORWARD.name) -> int | None:
+    """`peak_growth` of one call of a workload, in a fresh process that has its input and has made a small call.
+
+    Parameters
+    ----------
+    who : str
+        `OURS`, or a peer that is installed.
+    shape : tuple of int
+        Of the logits, two dimensions.
+    name : str
+        The workload.
+
+    Returns
+    -------
+    int or None
+        In bytes; None where it cannot be measured.
+    """
+    code = f"from ce_fast import bench; print(bench._growth_here({name!r}, {who!r}, {tuple(shape)!r}))"
+    answer = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    return None if answer == "None" else int(answer)
+
+
+def measure_memory(shape: Shape = LONG) -> Memory:
+    """What a forward pass takes beyond its input: ours, and torch's if it is installed."""
+    who = [OURS, TORCH] if installed("torch") else [OURS]
+    work = f"{FORWARD.work} {list(shape)}, memory beyond the input"
+    return Memory(work, {name: forward_growth(name, shape) for name in who})
+
+
+# --- The report -------------------------------------------------------------------------------------------------------
+
+DISTRIBUTIONS = ("numpy", "torch", "scikit-learn", "numba", "jax", "ml_dtypes")
+HEADER = ("work", "ours ms", "ns/logit", "peer", "peer ms", "ratio", "at least", "goal", "")
+
+
+def machine() -> dict:
+    """The processor, its cores, the threads used, the backend and the versions."""
+    config = _config()
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    versions = {"ce_fast": ce_fast.__version__, "python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {"cpu": model, "cores": os.cpu_count(), **{k: config[k] for k in ("threads", "backend", "isa")}, **versions}
+
+
+def _number(value: float | None, scale: float = 1.0, unit: str = "") -> str:
+    if value is None:
+        return "-"
+    value *= scale
+    return f"{value:.{3 if value < 1 else 2 if value < 10 else 1}f}{unit}"
+
+
+def _bar(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}x"
+
+
+def _verdict(met: bool | None) -> str:
+    return {True: "met", False: "MISSED", None: ""}[met]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of one run, the memory line, and the machine."""
+
+    rows: tuple[Row, ...]
+    memory: Memory | None
+    machine: dict
+
+    def missed(self) -> list[str]:
+        """The bars that were measured and not met."""
+        found = [f"{row.work} against {row.peer}: {_number(row.ratio)}" for row in self.rows if row.met is False]
+        return found + ([self._memory_line()] if self.memory and self.memory.met is False else [])
+
+    def unmeasured(self) -> list[str]:
+        """The bars that could not be measured here."""
+        found = [f"{r.work} against {r.peer}" for r in self.rows if r.at_least is not None and r.ratio is None]
+        return found + ([self._memory_line()] if self.memory and self.memory.met is None else [])
+
+    def to_dict(self) -> dict:
+        """Of the types JSON knows."""
+        rows = [
+            {**dataclasses.asdict(r), "ns_per_logit": r.ns_per_logit, "ratio": r.ratio, "met": r.met} for r in self.rows
+        ]
+        memory = {**dataclasses.asdict(self.memory), "met": self.memory.met} if self.memory else None
+        return {"machine": self.machine, "rows": rows, "memory": memory}
+
+    def _cells(self) -> Iterable[Sequence[str]]:
+        last = None
+        for row in self.rows:
+            ours = (row.work, _number(row.ours_seconds, 1e3), _number(row.ns_per_logit))
+            theirs = (row.peer, _number(row.peer_seconds, 1e3), _number(row.ratio, unit="x"))
+            bars = (_bar(row.at_least), _bar(row.goal), _verdict(row.met))
+            yield (*(("", "", "") if row.name == last else ours), *theirs, *bars)
+            last = row.name
+
+    def _memory_line(self) -> str:
+        assert self.memory is not None
+        sizes = (f"{name} {_number(size, 1 / MIB, ' MiB')}" for name, size in self.memory.growth.items())
+        bar = f"must be under {self.memory.at_most / MIB:g} MiB"
+        return f"{self.memory.work}: {', '.join(sizes)}; {bar} {_verdict(self.memory.met)}".rstrip()
+
+    def _below(self) -> Iterable[str]:
+        if self.memory is not None:
+            yield self._memory_line()
+        m = self.machine
+        names = ", ".join(f"{name} {m[name]}" for name in ("ce_fast", "python", *DISTRIBUTIONS) if name in m)
+        yield f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['isa']} ({m['backend']} backend); {names}."
+
+    def text(self) -> str:
+        """A table for the terminal."""
+        cells = [HEADER, *self._cells()]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(HEADER))]
+        left = {0, HEADER.index("peer"), len(HEADER) - 1}
+        lines = (
+            "  ".join(
+                c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in cells
+        )
+        table = [line.rstrip() for line in lines] if self.rows else []
+        return "\n".join([*table, *([""] if table else []), *self._below()])
+
+    def markdown(self) -> str:
+        """A table for GitHub."""
+        rule = ["---" if name in ("work", "peer", "") else "---:" for name in HEADER]
+        table = ["| " + " | ".join(line) + " |" for line in (HEADER, rule, *self._cells())] if self.rows else []
+        return "\n\n".join(["\n".join(table), *self._below()]).lstrip()
+
+
+def run(names: Sequence[str] = (), quick: bool = False, repeats: int | None = None) -> Report:
+    """Measure workloads, one after the other.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Of `WORKLOADS`, or `MEMORY`; all if empty.
+    quick : bool, default=False
+        A quarter of the rows and three repeats: the order of magnitude in some 20 seconds.
+    repeats : int, optional
+        7 by default, or 3.
+
+    Returns
+    -------
+    Report
+    """
+    repeats = repeats or (3 if quick else 7)
+    chosen = [workload for workload in WORKLOADS if not names or workload.name in names]
+    rows = [row for w in chosen for row in measure(w, w.quick_shape if quick else w.shape, repeats)]
+    memory = None
+    if not names or MEMORY in names:
+        memory = measure_memory(FORWARD.quick_shape if quick else FORWARD.shape)
+    return Report(tuple(rows), memory, machine())
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value}; expected at least 1")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ce_fast.bench", description="How ce_fast compares, here and now.")
+    names = (*BY_NAME, MEMORY)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to measure, all by default: {', '.join(names)}")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the rows, few repeats")
+    parser.add_argument("--repeats", type=_positive, metavar="N", help="turns for everyone; 7 by default, quick 3")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file as well")
+    parser.add_argument("--markdown", action="store_true", help="print the table as GitHub markdown")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is not met")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if unknown := set(args.names) - {*BY_NAME, MEMORY}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; expected any of {', '.join((*BY_NAME, MEMORY))}")
+    report = run(args.names, args.quick, args.repeats)
+    print(report.markdown() if args.markdown else report.text())
+    if args.json:
+        args.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    if not args.check:
+        return 0
+    for line in report.unmeasured():
+        print(f"not measured: {line}", file=sys.stderr)
+    for line in report.missed():
+        print(f"missed: {line}", file=sys.stderr)
+    return 1 if report.missed() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
