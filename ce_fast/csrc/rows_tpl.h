@@ -347,6 +347,26 @@ static int64_t NAME(offset)(const ce_job *job, const ce_array *array, int64_t i)
     return job->n_outer ? offset + i * array->outer_stride[0] : 0;
 }
 
+/* a row that does not count is not read: loss 0, gradient 0 */
+static void NAME(skip_row)(const NAME(row) *row, int64_t i)
+{
+    if (row->job->loss)
+        ((REAL *)row->job->loss)[i] = 0;
+    if (row->job->emit)
+        NAME(write_constant)(row, 0);
+}
+
+/* the class left out of the sums: the target, else the class that most of the loss or of the sum comes from */
+static int64_t NAME(anchor)(const NAME(row) *row, int64_t target)
+{
+    const ce_job *job = row->job;
+    if (job->target)
+        return target;
+    if (row->q)
+        return NAME(argmax)(row->q, &job->soft, job->n_classes);
+    return job->emit == CE_GRADIENT ? -1 : NAME(argmax)(row->x, &job->logits, job->n_classes); /* softmax needs none */
+}
+
 static double NAME(run_row)(const ce_job *job, int64_t i, ce_reference *tiles)
 {
     const ce_array *logits = &job->logits, *out = &job->out;
@@ -358,18 +378,10 @@ static double NAME(run_row)(const ce_job *job, int64_t i, ce_reference *tiles)
     double sample_weight = job->sample_weight ? job->sample_weight[i] : 1;
     int64_t target = job->target ? ce_target_at(job->target, job->target_type, i) : -1;
     if (sample_weight == 0 || (job->target && target == job->ignore_index)) {
-        if (job->loss)
-            ((REAL *)job->loss)[i] = 0;
-        if (job->emit)
-            NAME(write_constant)(&row, 0);
+        NAME(skip_row)(&row, i);
         return 0;
     }
-    if (job->target)
-        row.t = target;
-    else if (row.q)
-        row.t = NAME(argmax)(row.q, &job->soft, job->n_classes);
-    else if (job->emit != CE_GRADIENT) /* of logsumexp and log_softmax the largest class is the exact anchor */
-        row.t = NAME(argmax)(row.x, logits, job->n_classes);
+    row.t = NAME(anchor)(&row, target);
     row.store_exp = job->emit == CE_GRADIENT && out->dtype == REAL_DTYPE && out->class_stride == sizeof(REAL);
 
     double x_t = row.t >= 0 ? NAME(element)(row.x, logits, row.t) : 0; /* before the pass, which may be in place */
@@ -387,12 +399,11 @@ static double NAME(run_row)(const ce_job *job, int64_t i, ce_reference *tiles)
     double loss = sample_weight * rule.loss;
     if (job->loss)
         ((REAL *)job->loss)[i] = (REAL)loss;
-    if (job->emit == CE_GRADIENT) {
+    if (job->emit == CE_GRADIENT && isnan(stats.lse))
+        NAME(write_constant)(&row, (REAL)NAN);
+    else if (job->emit == CE_GRADIENT) {
         double scale = job->scale * sample_weight * (job->upstream ? job->upstream[i] : 1);
-        if (isnan(stats.lse))
-            NAME(write_constant)(&row, (REAL)NAN);
-        else
-            NAME(write_gradient)(&row, &sums, scale * rule.a / stats.sum, scale, scale * rule.g_t);
+        NAME(write_gradient)(&row, &sums, scale * rule.a / stats.sum, scale, scale * rule.g_t);
     }
     return loss;
 }

@@ -1,0 +1,881 @@
+"""The scikit-learn adapter: values, errors, warnings of `log_loss` are scikit-learn's; scorers against plain loops."""
+
+import doctest
+import functools
+import inspect
+import itertools
+import pickle
+import re
+import subprocess
+import sys
+import tracemalloc
+import warnings
+
+import numpy as np
+import pytest
+
+sklearn = pytest.importorskip("sklearn")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from joblib import Parallel, delayed  # noqa: E402
+from sklearn.base import BaseEstimator, ClassifierMixin, clone  # noqa: E402
+from sklearn.datasets import load_digits, load_iris  # noqa: E402
+from sklearn.dummy import DummyClassifier  # noqa: E402
+from sklearn.linear_model import LogisticRegression, LogisticRegressionCV  # noqa: E402
+from sklearn.metrics import log_loss as host_log_loss  # noqa: E402
+from sklearn.metrics import make_scorer  # noqa: E402
+from sklearn.model_selection import (  # noqa: E402
+    GridSearchCV,
+    KFold,
+    cross_val_score,
+    cross_validate,
+)
+from sklearn.naive_bayes import GaussianNB  # noqa: E402
+from sklearn.pipeline import make_pipeline  # noqa: E402
+from sklearn.preprocessing import StandardScaler  # noqa: E402
+from sklearn.tree import DecisionTreeClassifier  # noqa: E402
+
+import ce_fast.adapters.sklearn as adapter  # noqa: E402
+from ce_fast.adapters.sklearn import (  # noqa: E402
+    cross_entropy_from_logits,
+    log_loss,
+    make_cross_entropy_scorer,
+    neg_cross_entropy_scorer,
+)
+
+pd = pytest.importorskip("pandas")
+
+pytestmark = pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+
+LETTERS = np.array(list("abcdefgh"))
+VERSION = tuple(int(part) for part in sklearn.__version__.split(".")[:2])
+needs_1_9 = pytest.mark.skipif(VERSION < (1, 9), reason="the words of the errors and warnings are those of 1.9")
+
+# what people call a label: a function of the class indices 0, 1, ...
+LABELS = {
+    "int": lambda y: y,
+    "negative": lambda y: y - 1,
+    "gaps": lambda y: 7 * y - 9,
+    "far apart": lambda y: y * 10**15,
+    "int8": lambda y: y.astype(np.int8),
+    "uint8": lambda y: y.astype(np.uint8),
+    "uint64": lambda y: y.astype(np.uint64),
+    "big-endian": lambda y: y.astype(">i4"),
+    "float": lambda y: y.astype(float),
+    "float16": lambda y: y.astype(np.float16),
+    "bool": lambda y: y > 0,
+    "str": lambda y: LETTERS[y],
+    "object str": lambda y: LETTERS[y].astype(object),
+    "list of int": lambda y: y.tolist(),
+    "list of bool": lambda y: (y > 0).tolist(),
+    "list of str": lambda y: LETTERS[y].tolist(),
+    "tuple": lambda y: tuple(y.tolist()),
+    "column": lambda y: y[:, None],
+    "Series": lambda y: pd.Series(y, index=np.arange(len(y))[::-1]),
+    "Series of str": lambda y: pd.Series(LETTERS[y]),
+    "categorical": lambda y: pd.Series(LETTERS[y], dtype="category"),
+    "nullable": lambda y: pd.Series(y, dtype="Int64"),
+    "DataFrame": lambda y: pd.DataFrame({"label": y}),
+    "Index": lambda y: pd.Index(LETTERS[y]),
+}
+PROBABILITIES = {
+    "float64": lambda p: p,
+    "float32": lambda p: p.astype(np.float32),
+    "float16": lambda p: p.astype(np.float16),
+    "longdouble": lambda p: p.astype(np.longdouble),
+    "big-endian": lambda p: p.astype(">f4"),
+    "list": lambda p: p.tolist(),
+    "DataFrame": lambda p: pd.DataFrame(p),
+    "float32 DataFrame": lambda p: pd.DataFrame(p.astype(np.float32)),
+    "nullable DataFrame": lambda p: pd.DataFrame(p, dtype="Float64"),
+    "Fortran": np.asfortranarray,
+    "reversed": lambda p: p[::-1, ::-1],
+    "sliced": lambda p: np.repeat(np.repeat(p, 2, axis=0), 3, axis=1)[::2, ::3],
+    "one-hot int": lambda p: (p == p.max(axis=1, keepdims=True)).astype(int),
+    "one-hot bool": lambda p: p == p.max(axis=1, keepdims=True),
+    "negative zero": lambda p: np.where(p == p.max(axis=1, keepdims=True), 1.0, -0.0),
+}
+WEIGHTS = {
+    "none": lambda w: None,
+    "float64": lambda w: w,
+    "float32": lambda w: w.astype(np.float32),
+    "int": lambda w: (4 * w).astype(int) + 1,
+    "mask": lambda w: w >= np.median(w),
+    "list": lambda w: w.tolist(),
+    "Series": lambda w: pd.Series(w),
+    "negative": lambda w: w - 0.1,
+}
+BAD_LABELS = {
+    "continuous": lambda y: y + 0.5,
+    "NaN": lambda y: np.where(y > 0, np.nan, y.astype(float)),
+    "inf": lambda y: np.where(y > 0, np.inf, y.astype(float)),
+    "huge float": lambda y: y * 1e300,
+    "object int": lambda y: y.astype(object),
+    "None among str": lambda y: np.where(y > 0, "x", None),
+    "int among str": lambda y: ["a", *y.tolist()[1:]],
+    "bytes": lambda y: y.astype("S"),
+    "indicator": lambda y: np.eye(3, dtype=int)[y % 3],
+    "list of lists": lambda y: y[:, None].tolist(),
+    "one label": lambda y: np.zeros_like(y),
+    "a string": lambda y: "abc",
+    "None": lambda y: None,
+    "a number": lambda y: 3,
+    "empty": lambda y: [],
+    "three dimensions": lambda y: y.reshape(-1, 1, 1),
+    "too few": lambda y: y[1:],
+}
+BAD_PROBABILITIES = {
+    "twice": lambda p: p * 2,
+    "nine tenths": lambda p: p * 0.9,  # a warning
+    "nine tenths, float32": lambda p: (p * 0.9).astype(np.float32),
+    "negative": lambda p: p - 0.5,
+    "NaN": lambda p: np.where(p == p.max(), np.nan, p),
+    "inf": lambda p: np.where(p == p.max(), np.inf, p),
+    "-inf": lambda p: np.where(p == p.max(), -np.inf, p),
+    "a row too few": lambda p: p[1:],
+    "a column too few": lambda p: p[:, 1:],
+    "no columns": lambda p: p[:, :0],
+    "no rows": lambda p: p[:0],
+    "three dimensions": lambda p: p[..., None],
+    "a number": lambda p: 0.5,
+    "None": lambda p: None,
+    "a string": lambda p: "abc",
+    "strings": lambda p: np.full(p.shape, "a"),
+    "complex": lambda p: p.astype(complex),
+    "matrix": np.asmatrix,
+}
+BAD_WEIGHTS = {
+    "zeros": lambda w: w * 0,
+    "NaN": lambda w: w * np.nan,
+    "too many": lambda w: np.append(w, w),
+    "column": lambda w: w[:, None],
+    "a number": lambda w: 2.0,
+    "strings": lambda w: ["a"] * len(w),
+    "sum of zero": lambda w: np.where(np.arange(len(w)) == 0, 1.0, np.where(np.arange(len(w)) == 1, -1.0, 0.0)),
+}
+GIVEN_LABELS = {
+    "none": lambda u: None,
+    "sorted": lambda u: u,
+    "list": lambda u: u.tolist(),
+    "tuple": lambda u: tuple(u.tolist()),
+    "Series": lambda u: pd.Series(u),
+    "one more": lambda u: np.append(u, u[-1:] + u[-1:]),
+    "reversed": lambda u: u[::-1],  # a warning
+    "one too few": lambda u: u[:-1],
+    "one twice": lambda u: np.append(u, u[-1:]),
+    "only one": lambda u: u[:1],
+    "a set": lambda u: set(u.tolist()),
+    "of another kind": lambda u: ["x", "y", "z"],
+    "objects": lambda u: u.astype(object),
+}
+NORMALIZE = [True, False, np.True_, 1, "yes", None]
+
+
+def outcome(function, *args, **kwargs):
+    """(value or type and message of the error, categories and messages of the warnings)."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            result = function(*args, **kwargs)
+        except Exception as error:
+            result = type(error), str(error)
+    return result, [(w.category, str(w.message)) for w in caught]
+
+
+def assert_same_outcome(*args, **kwargs):
+    (expected, expected_warnings), (got, got_warnings) = (
+        outcome(f, *args, **kwargs) for f in (host_log_loss, log_loss)
+    )
+    assert got_warnings == expected_warnings
+    if not isinstance(expected, float):
+        assert got == expected
+        return
+    assert type(got) is float
+    # the same clip and log of the same numbers, the same mean: one ulp is for another NumPy's choice of loops
+    ulp = np.spacing(abs(np.asarray(expected, np.asarray(args[1]).dtype if hasattr(args[1], "dtype") else float)))
+    assert abs(got - expected) <= ulp or (np.isnan(got) and np.isnan(expected))
+
+
+def sample(seed, n_rows, n_classes):
+    """(class indices, every class among them; probabilities of rows from flat to nearly one-hot; weights)."""
+    rng = np.random.default_rng(seed)
+    y = rng.permutation(np.r_[np.arange(n_classes), rng.integers(0, n_classes, n_rows - n_classes)])
+    return y, rng.dirichlet(np.full(n_classes, rng.choice([0.01, 0.3, 3.0])), n_rows), rng.random(n_rows) + 0.05
+
+
+@pytest.fixture
+def no_host(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("handed to scikit-learn")
+
+    monkeypatch.setattr(adapter, "_host_log_loss", refuse)
+
+
+@pytest.fixture
+def routing():
+    with sklearn.config_context(enable_metadata_routing=True):
+        yield
+
+
+# log_loss
+
+
+@pytest.mark.parametrize("probabilities", PROBABILITIES)
+@pytest.mark.parametrize("labels", LABELS)
+def test_log_loss_is_scikit_learns(labels, probabilities):
+    for seed, (n_rows, n_classes) in enumerate([(7, 2), (40, 3), (300, 5)]):
+        n_classes = 2 if "bool" in labels else n_classes
+        y, p, w = sample(seed, n_rows, n_classes)
+        y_true, y_proba = LABELS[labels](y), PROBABILITIES[probabilities](p)
+        assert_same_outcome(y_true, y_proba)
+        assert_same_outcome(y_true, y_proba, sample_weight=w, normalize=False)
+
+
+@pytest.mark.parametrize("shape", ["1-D", "one column", "list", "Series"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "int64", "bool"])
+def test_log_loss_of_one_column_is_scikit_learns(dtype, shape):
+    for seed in range(5):
+        y, p, w = sample(seed, 50, 2)
+        positive = np.round(p[:, 1]).astype(dtype) if dtype in ("int64", "bool") else p[:, 1].astype(dtype)
+        column = {"1-D": positive, "one column": positive[:, None], "list": positive.tolist()}.get(shape)
+        column = pd.Series(positive) if column is None else column
+        for labels in ("int", "bool", "str", "negative"):
+            assert_same_outcome(LABELS[labels](y), column)
+            assert_same_outcome(LABELS[labels](y), column, sample_weight=w)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_weights_of_any_kind_give_scikit_learns_value(dtype, weights):
+    for normalize in (True, False, np.True_):
+        y, p, w = sample(3, 60, 4)
+        assert_same_outcome(y, p.astype(dtype), sample_weight=WEIGHTS[weights](w), normalize=normalize)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 10, 1000, 70000])  # 70000: a row is longer than a block
+def test_block_edges_do_not_change_the_value(n_classes):
+    for n_rows in {1, 2, adapter.BLOCK // n_classes, adapter.BLOCK // n_classes + 1} - {0}:
+        rng = np.random.default_rng(n_rows)
+        p = rng.random((n_rows, n_classes)) + 0.01
+        p /= p.sum(axis=1, keepdims=True)
+        y = rng.integers(0, n_classes, n_rows)
+        assert log_loss(y, p, labels=np.arange(n_classes)) == pytest.approx(
+            -np.log(p[np.arange(n_rows), y]).mean(), rel=1e-14
+        )
+
+
+@needs_1_9
+@pytest.mark.parametrize("labels", BAD_LABELS)
+def test_bad_labels_give_scikit_learns_errors(labels):
+    for seed, n_classes in enumerate([2, 3]):
+        y, p, w = sample(seed, 12, n_classes)
+        assert_same_outcome(BAD_LABELS[labels](y), p)
+        assert_same_outcome(BAD_LABELS[labels](y), p, sample_weight=w, labels=np.arange(n_classes))
+        assert_same_outcome(BAD_LABELS[labels](y), np.ones((12, 1)))
+
+
+@needs_1_9
+@pytest.mark.parametrize("probabilities", BAD_PROBABILITIES)
+def test_bad_probabilities_give_scikit_learns_errors_and_warnings(probabilities):
+    for seed, n_classes in enumerate([2, 3]):
+        y, p, w = sample(seed, 12, n_classes)
+        assert_same_outcome(y, BAD_PROBABILITIES[probabilities](p))
+        assert_same_outcome(LETTERS[y], BAD_PROBABILITIES[probabilities](p), sample_weight=w)
+        assert_same_outcome(y > 0, BAD_PROBABILITIES[probabilities](p[:, 0]) if p.ndim == 1 else p[:, 0] + 0.9)
+
+
+@needs_1_9
+@pytest.mark.parametrize("factor", [0.9, 1.1, 1 - 1e-7, 1 + 1e-7, 1 - 1e-9, 1 + 1e-9])
+@pytest.mark.parametrize("row", [0, 29_999, 59_999])  # in the first block, another, the last
+def test_one_row_that_does_not_sum_to_one_warns_as_in_scikit_learn(row, factor):
+    p = np.full((60_000, 3), [0.25, 0.25, 0.5])
+    p[row] *= factor
+    assert_same_outcome(np.arange(60_000) % 3, p)
+
+
+@needs_1_9
+@pytest.mark.parametrize("weights", BAD_WEIGHTS)
+def test_bad_weights_give_scikit_learns_errors(weights):
+    y, p, w = sample(0, 12, 3)
+    for normalize in (True, False):
+        assert_same_outcome(y, p, sample_weight=BAD_WEIGHTS[weights](w), normalize=normalize)
+
+
+@needs_1_9
+@pytest.mark.parametrize("given_labels", GIVEN_LABELS)
+@pytest.mark.parametrize("labels", ["int", "negative", "gaps", "float", "uint8", "str", "object str", "list of str"])
+def test_labels_given_mean_what_they_mean_to_scikit_learn(labels, given_labels):
+    y, p, _ = sample(1, 20, 3)
+    y_true = LABELS[labels](y)
+    for y_some in (y_true, LABELS[labels](np.minimum(y, 1))):  # every label occurs, or one does not
+        assert_same_outcome(y_some, p, labels=GIVEN_LABELS[given_labels](np.unique(y_true)))
+
+
+@needs_1_9
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    n_classes=st.integers(2, 4),
+    labels=st.sampled_from(sorted(LABELS) + sorted(BAD_LABELS)),
+    probabilities=st.sampled_from(sorted(PROBABILITIES) + sorted(BAD_PROBABILITIES)),
+    weights=st.sampled_from(["none"] * 6 + sorted(WEIGHTS) + sorted(BAD_WEIGHTS)),
+    given_labels=st.sampled_from(["none"] * 6 + sorted(GIVEN_LABELS)),
+    normalize=st.sampled_from([True] * 4 + NORMALIZE),
+)
+def test_anything_whatever_gives_scikit_learns_outcome(
+    seed, n_classes, labels, probabilities, weights, given_labels, normalize
+):
+    y, p, w = sample(seed, 9, n_classes)
+    y_true = (LABELS | BAD_LABELS)[labels](y)
+    used = y if np.ndim(y_true) != 1 or not np.size(y_true) else np.asarray(y_true)
+    try:
+        named = GIVEN_LABELS[given_labels](np.unique(used))
+    except TypeError:  # None among strings has no order
+        named = None
+    assert_same_outcome(
+        y_true,
+        (PROBABILITIES | BAD_PROBABILITIES)[probabilities](p),
+        sample_weight=(WEIGHTS | BAD_WEIGHTS)[weights](w),
+        labels=named,
+        normalize=normalize,
+    )
+
+
+@needs_1_9
+def test_the_signature_is_scikit_learns():
+    assert inspect.signature(log_loss) == inspect.signature(host_log_loss)
+
+
+@needs_1_9
+def test_y_pred_is_deprecated_as_in_scikit_learn():
+    y, p, _ = sample(0, 12, 3)
+    for arguments in [{"y_pred": p}, {"y_pred": p, "y_proba": p}, {"y_proba": None}, {}]:
+        assert outcome(log_loss, y, **arguments) == outcome(host_log_loss, y, **arguments)
+
+
+def test_warnings_point_at_the_caller():
+    y, p, _ = sample(0, 12, 3)
+    for arguments in [{"y_proba": p / 2}, {"y_pred": p}]:
+        with pytest.warns((UserWarning, FutureWarning)) as caught:
+            log_loss(y, **arguments)
+        assert [w.filename for w in caught] == [__file__]
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_ordinary_input_is_not_handed_to_scikit_learn(labels, no_host):
+    n_classes = 2 if "bool" in labels else 3
+    y, p, w = sample(0, 30, n_classes)
+    y_true = LABELS[labels](y)
+    expected = -np.log(p[np.arange(30), y].clip(np.finfo(float).eps)) @ w / w.sum()
+    assert log_loss(y_true, PROBABILITIES["negative zero"](np.eye(n_classes)[y])) < 1e-15
+    for probabilities in ("float64", "list", "DataFrame", "Fortran", "nullable DataFrame"):
+        y_proba = PROBABILITIES[probabilities](p)
+        assert log_loss(y_true, y_proba, sample_weight=w) == pytest.approx(expected, rel=1e-14)
+        assert log_loss(y_true, y_proba, sample_weight=w, labels=np.unique(y_true)) == pytest.approx(
+            expected, rel=1e-14
+        )
+
+
+def test_nothing_of_the_probabilities_size_is_allocated(no_host):
+    y, p, _ = sample(0, 20_000, 200)  # 32 MB
+    for y_true in (y, LETTERS[y % 8] + y.astype(str)):
+        tracemalloc.start()
+        log_loss(y_true, p, labels=np.unique(y_true))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < p.nbytes / 4
+
+
+PLUGIN = """
+from ce_fast.adapters.sklearn import log_loss
+
+calls = []
+
+def ours(*args, **kwargs):
+    calls.append(args)
+    return log_loss(*args, **kwargs)
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.module.log_loss = ours
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"calls={len(calls)}")
+"""
+
+
+def test_scikit_learns_own_tests_pass(tmp_path):
+    module = "sklearn.metrics.tests.test_classification"
+    pytest.importorskip("sklearn.metrics.tests")
+    (tmp_path / "with_ours.py").write_text(PLUGIN)
+    command = ["-m", "pytest", "-q", "-p", "with_ours", "-p", "no:cacheprovider", "--pyargs", module, "-k", "log_loss"]
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", done.stdout)}
+    assert done.returncode == 0 and set(counts) == {"passed"}, done.stdout
+    assert counts["passed"] >= 10
+    assert int(re.search(r"calls=(\d+)", done.stdout).group(1)) >= counts["passed"]
+
+
+# cross_entropy_from_logits
+
+
+def cross_entropy_by_hand(logits, codes, weights=None, smoothing=0.0, class_weight=None):
+    """Section by section: log-softmax, smoothed targets, weighted mean."""
+    logits = np.asarray(logits, np.longdouble)
+    n_rows, n_classes = logits.shape
+    log_p = (
+        logits
+        - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        - logits.max(1, keepdims=True)
+    )
+    q = (1 - smoothing) * np.eye(n_classes)[codes] + smoothing / n_classes
+    w = np.ones(n_classes) if class_weight is None else np.asarray(class_weight)
+    s = np.ones(n_rows) if weights is None else np.asarray(weights)
+    return float((s * -(w * q * log_p).sum(1)).sum() / (s * w[codes]).sum())
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_cross_entropy_from_logits_is_the_formula(labels, smoothing):
+    n_classes = 2 if "bool" in labels else 4
+    y, _, w = sample(0, 50, n_classes)
+    z = np.random.default_rng(1).normal(0, 5, (50, n_classes))
+    y_true = LABELS[labels](y)
+    for score in (z, z.tolist(), pd.DataFrame(z), np.asfortranarray(z)):
+        for weights in (None, w, w.tolist(), pd.Series(w)):
+            got = cross_entropy_from_logits(y_true, score, sample_weight=weights, label_smoothing=smoothing)
+            assert type(got) is float
+            assert got == pytest.approx(cross_entropy_by_hand(z, y, weights, smoothing), rel=1e-14)
+    total = cross_entropy_from_logits(y_true, z, sample_weight=w, label_smoothing=smoothing, normalize=False)
+    assert total == pytest.approx(w.sum() * cross_entropy_by_hand(z, y, w, smoothing), rel=1e-14)
+
+
+@pytest.mark.parametrize("labels", ["int", "bool", "str", "negative"])
+def test_one_column_of_decision_values_is_the_logit_of_the_second_label(labels):
+    y, _, w = sample(0, 50, 2)
+    z = np.random.default_rng(1).normal(0, 5, 50)
+    expected = cross_entropy_by_hand(np.c_[np.zeros(50), z], y, w)
+    for score in (z, z[:, None], z.tolist(), pd.Series(z)):
+        got = cross_entropy_from_logits(LABELS[labels](y), score, sample_weight=w)
+        assert got == pytest.approx(expected, rel=1e-14)
+
+
+def test_labels_name_the_columns_in_their_order():
+    y, _, _ = sample(0, 50, 4)
+    z = np.random.default_rng(1).normal(0, 5, (50, 4))
+    for order in itertools.permutations(range(4)):
+        for labels in (LETTERS[:4], np.array([-7, 2, 30, 31]), np.array([4, 5, 6, 7]), np.array([0.0, 1.0, 2.0, 3.0])):
+            got = cross_entropy_from_logits(labels[y], z[:, order], labels=labels[list(order)])
+            assert got == pytest.approx(cross_entropy_by_hand(z, y), rel=1e-14)
+
+
+def test_logits_are_not_clipped():
+    assert cross_entropy_from_logits([0, 1], [[0.0, 100.0], [0.0, 100.0]]) == pytest.approx(50.0, rel=1e-15)
+    assert cross_entropy_from_logits([True, False], [60.0, -60.0]) == pytest.approx(np.exp(-60.0), rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (([0, 1, 3], np.zeros((3, 3)), {"labels": [0, 1, 2]}), ValueError, r"y_true has the label 3; .* \[0, 1, 2\]"),
+        (([-1, 1, 0], np.zeros((3, 3)), {"labels": [0, 1, 2]}), ValueError, "label -1"),
+        (([5, 1, 0], np.zeros((3, 3)), {"labels": [0, 9, 1]}), ValueError, r"label 5; .* \[0, 9, 1\]"),
+        ((["a", "d"], np.zeros((2, 2)), {"labels": ["a", "b"]}), ValueError, r"label 'd'; .* \['a', 'b'\]"),
+        ((["a", "b"], np.zeros((2, 2)), {"labels": [0, 1]}), ValueError, "label 'a'"),
+        (([0, 1], np.zeros((2, 2)), {"labels": ["a", "b"]}), ValueError, "label 0"),
+        (([0, 1], np.zeros((2, 3)), {}), ValueError, r"shape \(2, 3\); expected \(n_samples, 2\)"),
+        (([0, 1, 2], np.zeros(3), {}), ValueError, r"shape \(3,\)"),
+        (([0, 0], np.zeros((2, 2)), {}), ValueError, "only one label"),
+        (([0, 1], np.zeros((2, 2)), {"labels": [0, 1, 1]}), ValueError, "each label once"),
+        (([0, 1], np.zeros((3, 2)), {}), ValueError, "inconsistent numbers of samples"),
+        (([0.5, 1], np.zeros((2, 2)), {}), ValueError, "not integers"),
+        ((["a", 1], np.zeros((2, 2)), {}), ValueError, "holds 1 beside strings"),
+        (([], np.zeros((0, 2)), {}), ValueError, "not empty"),
+        (([0, 1], [[0.0, np.nan], [0, 0]], {}), ValueError, "NaN: y_score"),
+        (([0, 1], [[0.0, 0], [0, 0]], {"sample_weight": [0, 0]}), ValueError, "at least one non-zero"),
+        (([0, 1], [[0.0, 0], [0, 0]], {"sample_weight": [1, -1]}), ValueError, r"sample_weight\[1\] is -1"),
+        (([0, 1], [[0.0, 0], [0, 0]], {"sample_weight": [1, np.nan]}), ValueError, "NaN"),
+        (([0, 1], [[0.0, 0], [0, 0]], {"sample_weight": [[1], [1]]}), ValueError, r"shape \(2, 1\)"),
+        (([0, 1], [[0.0, 0], [0, 0]], {"sample_weight": ["a", "b"]}), ValueError, "sample_weight has dtype"),
+        (([0, 1], [[0.0, 0], [0, 0]], {"label_smoothing": 2}), ValueError, "label_smoothing is 2"),
+        (([0, 1], [["a", "b"], ["a", "b"]], {}), TypeError, "dtype"),
+    ],
+)
+def test_cross_entropy_from_logits_says_what_it_got_and_what_it_wants(arguments, error, message):
+    y_true, y_score, options = arguments
+    with pytest.raises(error, match=message):
+        cross_entropy_from_logits(y_true, y_score, **options)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_both_functions_work_with_make_scorer(n_classes):
+    X, y = load_iris(return_X_y=True)
+    X, y = X[y < n_classes], LETTERS[y[y < n_classes]]
+    labels = LETTERS[:n_classes].tolist()
+    options = {"greater_is_better": False, "labels": labels}
+    scorers = {
+        "log_loss": make_scorer(log_loss, response_method="predict_proba", **options),
+        "host": make_scorer(host_log_loss, response_method="predict_proba", **options),
+        "logits": make_scorer(cross_entropy_from_logits, response_method="decision_function", **options),
+    }
+    scores = cross_validate(LogisticRegression(max_iter=500), X, y, scoring=scorers, cv=3, error_score="raise")
+    np.testing.assert_allclose(scores["test_log_loss"], scores["test_host"], rtol=1e-15)
+    np.testing.assert_allclose(scores["test_logits"], scores["test_host"], rtol=1e-10)
+
+
+# scorers
+
+
+class Fixed(ClassifierMixin, BaseEstimator):
+    """Answers with the columns of X, for classes in any order."""
+
+    def __init__(self, classes, answer=None):
+        self.classes = classes
+        self.answer = answer
+
+    def fit(self, X, y=None):
+        self.classes_ = np.asarray(self.classes)
+        return self
+
+    def predict_proba(self, X):
+        return X if self.answer is None else self.answer
+
+    def decision_function(self, X):
+        return X if self.answer is None else self.answer
+
+    def predict_log_proba(self, X):
+        return np.log(X)
+
+
+def test_the_scorer_finds_the_parameters_that_neg_log_loss_finds():
+    X, y = load_digits(return_X_y=True)
+    X, y = X[:600] / 16, y[:600]
+    searches = [
+        GridSearchCV(LogisticRegression(max_iter=200), {"C": [0.01, 0.1, 1.0]}, scoring=scoring, cv=3).fit(X, y)
+        for scoring in (neg_cross_entropy_scorer, "neg_log_loss")
+    ]
+    ours, theirs = searches
+    assert ours.best_params_ == theirs.best_params_
+    for key in ("mean_test_score", "split0_test_score", "split1_test_score", "split2_test_score"):
+        np.testing.assert_allclose(ours.cv_results_[key], theirs.cv_results_[key], rtol=1e-12)
+    assert ours.score(X, y) == pytest.approx(theirs.score(X, y), rel=1e-12)
+
+
+@pytest.mark.parametrize("labels", ["int", "negative", "float", "str", "object str", "Series", "Series of str"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_the_scorer_is_minus_log_loss_over_the_classes_of_the_estimator(labels, dtype):
+    y, p, w = sample(0, 60, 4)
+    p = p.astype(dtype)
+    y_true = LABELS[labels](y)
+    model = Fixed(np.unique(y_true)).fit(p)
+    for weights in (None, w, w.tolist(), pd.Series(w)):
+        expected = -host_log_loss(y_true, p, sample_weight=weights)
+        assert neg_cross_entropy_scorer(model, p, y_true, weights) == expected
+        assert neg_cross_entropy_scorer(model, p, y_true, sample_weight=weights) == expected
+    some = y < 2
+    assert neg_cross_entropy_scorer(model, p[some], y_true[some]) == -host_log_loss(
+        y_true[some], p[some], labels=np.unique(y_true)
+    )
+
+
+def test_classes_in_any_order_are_the_columns():
+    y, p, _ = sample(0, 60, 3)
+    for order in itertools.permutations(range(3)):
+        for labels in (LETTERS[:3], np.array([4, 5, 6]), np.array([-7, 2, 30])):
+            got = neg_cross_entropy_scorer(Fixed(labels[list(order)]).fit(p), p[:, order], labels[y])
+            assert got == -host_log_loss(y, p)
+
+
+def test_a_fold_that_misses_a_class_scores_as_a_loop_by_hand():
+    X, y = load_iris(return_X_y=True)
+    order = np.r_[np.r_[0:20, 50:70, 100:120].reshape(3, 20).T.ravel(), 20:40, 70:90]
+    X, y = X[order], LETTERS[y[order]]  # the last two folds of five miss class "c", or "b" and "c"
+    model, folds = GaussianNB(), KFold(5)
+    by_hand = []
+    for train, test in folds.split(X):
+        fitted = clone(model).fit(X[train], y[train])
+        p = np.clip(fitted.predict_proba(X[test]), np.finfo(float).eps, 1 - np.finfo(float).eps)
+        by_hand.append(
+            np.mean([np.log(row[list(fitted.classes_).index(t)]) for row, t in zip(p, y[test], strict=True)])
+        )
+    scores = cross_val_score(model, X, y, scoring=neg_cross_entropy_scorer, cv=folds, error_score="raise")
+    np.testing.assert_allclose(scores, by_hand, rtol=1e-13)
+    assert np.isfinite(scores).all()
+    with pytest.warns(UserWarning, match="Scoring failed"):
+        assert np.isnan(cross_val_score(model, X, y, scoring="neg_log_loss", cv=folds)).any()
+
+
+@pytest.mark.parametrize("labels, unseen", [("int", "3"), ("str", "'d'"), ("negative", "2"), ("gaps", "12")])
+def test_a_label_the_estimator_has_not_seen_is_an_error_that_names_it_and_the_classes(labels, unseen):
+    _, p, _ = sample(0, 8, 3)
+    classes = LABELS[labels](np.arange(3))
+    y_true = LABELS[labels](np.array([0, 1, 2, 3, 0, 1, 2, 3]))
+    with pytest.raises(
+        ValueError, match=f"y has the label {unseen}; expected one of the estimator's classes "
+    ) as error:
+        neg_cross_entropy_scorer(Fixed(classes).fit(p), p, y_true)
+    assert str(classes.tolist()) in str(error.value)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("class_weight", [None, {"a": 3.0, "c": 0.5}])
+@pytest.mark.parametrize("method", adapter.RESPONSE_METHODS)
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_every_response_method_gives_the_formula(n_classes, method, class_weight, smoothing):
+    X, y = load_iris(return_X_y=True)
+    X, y = X[y < n_classes] + np.random.default_rng(0).normal(size=(50 * n_classes, 4)), y[y < n_classes]
+    w = np.random.default_rng(1).random(len(y))
+    class_weight = class_weight and {
+        label: class_weight[label] for label in LETTERS[:n_classes] if label in class_weight
+    }
+    scorer = make_cross_entropy_scorer(response_method=method, label_smoothing=smoothing, class_weight=class_weight)
+    model = LogisticRegression(max_iter=500).fit(X, LETTERS[y])
+    per_class = [1.0 if class_weight is None else class_weight.get(label, 1.0) for label in LETTERS[:n_classes]]
+    for weights in (None, w):
+        expected = -cross_entropy_by_hand(model.predict_log_proba(X), y, weights, smoothing, per_class)
+        assert scorer(model, X, LETTERS[y], weights) == pytest.approx(expected, rel=1e-11)
+
+
+def test_the_binary_columns_may_be_one():
+    y, p = sample(0, 40, 2)[0], np.random.default_rng(0).dirichlet([2, 2], 40)
+    for smoothing in (0.0, 0.1):
+        scorer = make_cross_entropy_scorer(label_smoothing=smoothing)
+        expected = scorer(Fixed([0, 1]).fit(p), p, y)
+        for answer in (p[:, 1], p[:, 1:]):
+            assert scorer(Fixed([0, 1], answer).fit(p), p, y) == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_estimator_of_one_class_is_sure():
+    X = np.zeros((4, 1))
+    model = DummyClassifier().fit(X, ["a"] * 4)
+    assert neg_cross_entropy_scorer(model, X, ["a"] * 4) == pytest.approx(0.0, abs=1e-15)
+
+
+def test_probabilities_of_zero_are_clipped_as_log_loss_clips_them():
+    X, y = load_iris(return_X_y=True)
+    X = X[:, :1]
+    model = DecisionTreeClassifier().fit(X[::2], y[::2])
+    assert neg_cross_entropy_scorer(model, X, y) == -host_log_loss(y, model.predict_proba(X))
+    smoothed = make_cross_entropy_scorer(label_smoothing=0.1)(model, X, y)
+    p = model.predict_proba(X).clip(np.finfo(float).eps, 1 - np.finfo(float).eps)
+    assert smoothed == pytest.approx(-cross_entropy_by_hand(np.log(p), y, None, 0.1), rel=1e-12)
+
+
+def test_rows_that_do_not_sum_to_one_warn():
+    y, p, _ = sample(0, 40, 3)
+    with pytest.warns(UserWarning, match="do not sum to one"):
+        neg_cross_entropy_scorer(Fixed([0, 1, 2]).fit(p), p * 0.5, y)
+
+
+@pytest.mark.parametrize("spoil", [np.nan, np.inf, -0.5, 1.5])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_values_that_are_no_probabilities_are_errors(spoil, smoothing):
+    y, p, _ = sample(0, 40, 3)
+    p[7, 1] = spoil
+    with pytest.raises(ValueError, match="expected 0 <= y_proba <= 1"):
+        make_cross_entropy_scorer(label_smoothing=smoothing)(Fixed([0, 1, 2]).fit(p), p, y)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"response_method": "predict"}, ValueError, "response_method is 'predict'"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing is 1.5"),
+        ({"label_smoothing": "a"}, TypeError, "label_smoothing is 'a'"),
+        ({"class_weight": "balanced"}, ValueError, "class_weight is 'balanced'; expected None or a dict"),
+        ({"class_weight": [1, 2]}, ValueError, "class_weight is"),
+        ({"class_weight": {"a": -1}}, ValueError, r"class_weight\['a'\] is -1"),
+        ({"class_weight": {"a": "x"}}, TypeError, r"class_weight\['a'\] is 'x'"),
+        ({"class_weight": {"a": np.nan}}, ValueError, r"class_weight\['a'\] is nan"),
+    ],
+)
+def test_bad_options_are_refused_when_the_scorer_is_made(options, error, message):
+    with pytest.raises(error, match=message):
+        make_cross_entropy_scorer(**options)
+
+
+def test_class_weights_for_labels_that_are_no_classes():
+    y, p, _ = sample(0, 40, 3)
+    model = Fixed(LETTERS[:3]).fit(p)
+    with pytest.raises(
+        ValueError, match=r"class_weight has the label 'z'; the estimator's classes are \['a', 'b', 'c'\]"
+    ):
+        make_cross_entropy_scorer(class_weight={"a": 2.0, "z": 1.0})(model, p, LETTERS[y])
+    full = {"a": 2.0, "b": 1.0, "c": 0.5}
+    more = make_cross_entropy_scorer(class_weight=full | {"z": 9.0})  # a fold may lack a class that has a weight
+    assert more(model, p, LETTERS[y]) == make_cross_entropy_scorer(class_weight=full)(model, p, LETTERS[y])
+    with pytest.raises(ValueError, match="at least one non-zero"):
+        make_cross_entropy_scorer(class_weight={"a": 0.0})(model, p[y == 0], LETTERS[y[y == 0]])
+
+
+def test_what_is_no_fitted_classifier_is_refused():
+    y, p, _ = sample(0, 40, 3)
+    with pytest.raises(ValueError, match="LogisticRegression has no classes_"):
+        neg_cross_entropy_scorer(LogisticRegression(), p, y)
+    with pytest.raises(ValueError, match=r"y_proba has shape \(40, 3\); expected \(n_samples, 2\)"):
+        neg_cross_entropy_scorer(Fixed([0, 1]).fit(p), p, y % 2)
+    with pytest.raises(ValueError, match=r"decision_function has shape \(40, 3\)"):
+        make_cross_entropy_scorer(response_method="decision_function")(Fixed([0, 1]).fit(p), p, y % 2)
+
+
+def test_the_repr_makes_the_scorer():
+    scorer = make_cross_entropy_scorer(label_smoothing=0.1, class_weight={"a": 2})
+    assert repr(scorer) == (
+        "make_cross_entropy_scorer(response_method='predict_proba', label_smoothing=0.1, class_weight={'a': 2.0})"
+    )
+    assert repr(eval(repr(scorer))) == repr(scorer)
+
+
+def test_scorers_survive_pickle_clone_and_processes(routing):
+    y, p, w = sample(0, 40, 3)
+    model = Fixed([0, 1, 2]).fit(p)
+    scorer = make_cross_entropy_scorer(label_smoothing=0.1, class_weight={1: 2.0}).set_score_request(sample_weight=True)
+    copies = [
+        pickle.loads(pickle.dumps(scorer)),
+        clone(scorer, safe=False),
+        clone(GridSearchCV(model, {}, scoring=scorer)).scoring,
+    ]
+    for copy in copies:
+        assert copy is not scorer
+        assert repr(copy) == repr(scorer)
+        assert copy(model, p, y, w) == scorer(model, p, y, w)
+        assert copy.get_metadata_routing().score.requests == {"sample_weight": True}
+    X, y = load_iris(return_X_y=True)
+    alone, together = (
+        cross_val_score(LogisticRegression(max_iter=300), X, y, scoring=neg_cross_entropy_scorer, n_jobs=n)
+        for n in (1, 2)
+    )
+    np.testing.assert_array_equal(alone, together)
+    in_processes = Parallel(n_jobs=2, backend="loky")(
+        delayed(scorer)(model, p, sample(0, 40, 3)[0], w) for _ in range(2)
+    )
+    assert in_processes == [scorer(model, p, sample(0, 40, 3)[0], w)] * 2
+
+
+def _weighted_by_hand(X, y, w, folds, fit_weighted=True):
+    scores = []
+    for train, test in folds.split(X):
+        fitted = LogisticRegression(max_iter=500).fit(
+            X[train], y[train], sample_weight=w[train] if fit_weighted else None
+        )
+        log_p = np.log(fitted.predict_proba(X[test])[np.arange(len(test)), np.searchsorted(fitted.classes_, y[test])])
+        scores.append(np.sum(w[test] * log_p) / np.sum(w[test]))
+    return scores
+
+
+def test_metadata_routing_brings_the_weights(routing):
+    X, y = load_iris(return_X_y=True)
+    w = np.random.default_rng(0).random(len(y)) ** 4
+    folds = KFold(3, shuffle=True, random_state=0)
+    scorer = make_cross_entropy_scorer().set_score_request(sample_weight=True)
+    model = LogisticRegression(max_iter=500).set_fit_request(sample_weight=True)
+    by_hand = _weighted_by_hand(X, y, w, folds)
+    assert not np.allclose(by_hand, _weighted_by_hand(X, y, np.ones(len(y)), folds), rtol=1e-3)
+
+    params = {"sample_weight": w}
+    single = cross_validate(model, X, y, scoring=scorer, cv=folds, params=params, error_score="raise")
+    np.testing.assert_allclose(single["test_score"], by_hand, rtol=1e-12)
+    several = cross_validate(model, X, y, scoring={"ce": scorer}, cv=folds, params=params, error_score="raise")
+    np.testing.assert_allclose(several["test_ce"], by_hand, rtol=1e-12)
+    search = GridSearchCV(model, {"C": [1.0]}, scoring=scorer, cv=folds, error_score="raise").fit(X, y, sample_weight=w)
+    np.testing.assert_allclose([search.cv_results_[f"split{k}_test_score"][0] for k in range(3)], by_hand, rtol=1e-12)
+    piped = make_pipeline(StandardScaler(with_mean=False, with_std=False).set_fit_request(sample_weight=False), model)
+    through = cross_val_score(piped, X, y, scoring=scorer, cv=folds, params=params, error_score="raise")
+    np.testing.assert_allclose(through, by_hand, rtol=1e-12)
+
+
+def test_metadata_routing_obeys_what_the_scorer_asks_for(routing):
+    X, y = load_iris(return_X_y=True)
+    w = np.random.default_rng(0).random(len(y)) ** 4
+    folds = KFold(3, shuffle=True, random_state=0)
+    model = LogisticRegression(max_iter=500).set_fit_request(sample_weight=True)
+    with pytest.raises(ValueError, match=r"sample_weight.*make_cross_entropy_scorer"):
+        cross_val_score(model, X, y, scoring=neg_cross_entropy_scorer, cv=folds, params={"sample_weight": w})
+    without = make_cross_entropy_scorer().set_score_request(sample_weight=False)
+    scores = cross_val_score(model, X, y, scoring=without, cv=folds, params={"sample_weight": w}, error_score="raise")
+    for (train, test), score in zip(folds.split(X), scores, strict=True):
+        fitted = LogisticRegression(max_iter=500).fit(X[train], y[train], sample_weight=w[train])
+        assert score == pytest.approx(-host_log_loss(y[test], fitted.predict_proba(X[test])), rel=1e-12)
+    named = make_cross_entropy_scorer().set_score_request(sample_weight="test_weight")
+    plain = LogisticRegression(max_iter=500).set_fit_request(sample_weight=False)
+    scores = cross_val_score(plain, X, y, scoring=named, cv=folds, params={"test_weight": w}, error_score="raise")
+    np.testing.assert_allclose(scores, _weighted_by_hand(X, y, w, folds, fit_weighted=False), rtol=1e-12)
+
+
+def test_scorers_work_beside_others():
+    X, y = load_iris(return_X_y=True)
+    scoring = {
+        "ours": neg_cross_entropy_scorer,
+        "theirs": "neg_log_loss",
+        "accuracy": "accuracy",
+        "logits": make_cross_entropy_scorer(response_method="decision_function"),
+    }
+    search = GridSearchCV(LogisticRegression(max_iter=500), {"C": [0.1, 1.0]}, scoring=scoring, refit="ours", cv=3)
+    results = search.fit(X, y, sample_weight=np.ones(len(y))).cv_results_
+    np.testing.assert_allclose(results["mean_test_ours"], results["mean_test_theirs"], rtol=1e-12)
+    np.testing.assert_allclose(results["mean_test_logits"], results["mean_test_theirs"], rtol=1e-9)
+
+
+def test_logistic_regression_cv_takes_the_scorer():
+    X, y = load_iris(return_X_y=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours, theirs = (
+            LogisticRegressionCV(Cs=[0.1, 1.0], cv=3, max_iter=500, scoring=scoring).fit(X, y)
+            for scoring in (neg_cross_entropy_scorer, "neg_log_loss")
+        )
+    np.testing.assert_array_equal(ours.C_, theirs.C_)
+    assert ours.score(X, y) == pytest.approx(theirs.score(X, y), rel=1e-12)
+
+
+def test_read_only_and_misaligned_memmaps_are_read_right(tmp_path):
+    y, p, w = sample(0, 500, 3)
+    z = np.log(p + 1e-3)
+
+    def stored(array, offset):
+        path = tmp_path / f"{id(array)}-{offset}"
+        path.write_bytes(b"\0" * offset + array.tobytes())
+        mapped = np.memmap(path, array.dtype, "r", offset, array.shape)
+        assert not mapped.flags.writeable and mapped.flags.aligned == (offset % 8 == 0)
+        return mapped
+
+    for offset in (0, 1, 3):
+        args = [stored(a, offset) for a in (y, p, w, z)]
+        for made in (list, functools.partial(map, np.asarray)):
+            y_, p_, w_, z_ = made(args)
+            assert log_loss(y_, p_, sample_weight=w_) == host_log_loss(y, p, sample_weight=w)
+            assert cross_entropy_from_logits(y_, z_, sample_weight=w_) == pytest.approx(
+                cross_entropy_by_hand(z, y, w), rel=1e-14
+            )
+            for smoothing in (0.0, 0.1):
+                scorer = make_cross_entropy_scorer(label_smoothing=smoothing)
+                model = Fixed([0, 1, 2]).fit(p)
+                assert scorer(model, p_, y_, w_) == scorer(model, p, y, w)
+                assert not p_.flags.writeable
+
+
+def test_arguments_are_left_as_they_were():
+    y, p, w = sample(0, 50, 2)
+    for answer in (p, p[:, 1], p[:, 1:], p.astype(np.float32)):
+        before = [a.copy() for a in (y, answer, w)]
+        log_loss(y, answer, sample_weight=w)
+        cross_entropy_from_logits(y, answer, sample_weight=w)
+        for smoothing in (0.0, 0.1):
+            scorer = make_cross_entropy_scorer(label_smoothing=smoothing, class_weight={0: 2.0})
+            scorer(Fixed([0, 1], answer).fit(p), p, y, w)
+        for a, b in zip((y, answer, w), before, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+# the module
+
+
+def test_the_examples_are_right():
+    results = doctest.testmod(adapter)
+    assert results.attempted >= 8 and not results.failed
+
+
+def test_the_core_does_not_import_scikit_learn():
+    program = "import sys, ce_fast; sys.exit('sklearn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
