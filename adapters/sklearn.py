@@ -390,7 +390,7 @@ def _weight_of_each(classes: Labels, class_weight: dict[Any, float] | None) -> n
 
 
 def _read_probabilities(y_proba) -> np.ndarray:
-    if type(y_proba) is np.ndarray and y_proba.dtype in FLOATS and y_proba.ndim in (1, 2):
+    if type(y_proba) is np.ndarray and y_proba.dtype in FLOATS:
         return y_proba  # NaN and infinity are found below, in the same pass as the rest
     return np.asarray(check_array(y_proba, ensure_2d=False, dtype=FLOATS))
 

@@ -21,6 +21,7 @@ def run_rows(
     compute_float64: bool,
     n_rows: int,
     block_rows: int,
+    chunk_blocks: int,
     n_threads: int,
     logits: ndarray,
     logits_dtype: int,

@@ -114,7 +114,7 @@ def scan_targets(cnp.ndarray target, int target_type, int64_t ignore_index, int6
     return bad, counted, weight_sum
 
 
-def run_rows(int isa, bint compute_float64, int64_t n_rows, int64_t block_rows, int n_threads,
+def run_rows(int isa, bint compute_float64, int64_t n_rows, int64_t block_rows, int chunk_blocks, int n_threads,
              cnp.ndarray logits, int logits_dtype, cnp.ndarray soft, int soft_dtype, cnp.ndarray out, int emit,
              cnp.ndarray target, int target_type, int64_t ignore_index,
              cnp.ndarray weight, cnp.ndarray sample_weight, cnp.ndarray upstream,
@@ -157,7 +157,7 @@ def run_rows(int isa, bint compute_float64, int64_t n_rows, int64_t block_rows, 
                 last = min(first + block_rows, n_rows)
                 sums[b] = rows(&job, first, last, tiles)
         else:
-            for b in prange(n_blocks, schedule="dynamic", num_threads=n_threads):
+            for b in prange(n_blocks, schedule="dynamic", chunksize=chunk_blocks, num_threads=n_threads):
                 first = b * block_rows
                 last = min(first + block_rows, n_rows)
                 sums[b] = rows(&job, first, last, tiles + threadid() * n_tiles)

@@ -6,6 +6,8 @@ import numpy as np
 
 BLOCK_LOGITS = 32768  # logits a block: 128 KiB of float32, some 10 us of work; a block is never less than a row
 
+CHUNK_BYTES = 1 << 22  # two huge pages: threads that meet on a new one both clear it, which cost a new gradient 25 %
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -15,6 +17,7 @@ class Plan:
     n_rows: int
     n_classes: int
     block_rows: int
+    chunk_blocks: int  # neighbouring blocks that a thread takes at a time
     n_threads: int
 
 
@@ -24,5 +27,8 @@ def make_plan(outer_shape: tuple[int, ...], n_classes: int, dtype: np.dtype, n_t
         n_rows *= n
     block_rows = max(1, BLOCK_LOGITS // n_classes)
     n_blocks = -(-n_rows // block_rows)
+    n_threads = max(1, min(n_threads, n_blocks))
+    fair = n_blocks // (4 * n_threads)  # no thread waits long for the last chunk of another
+    chunk_blocks = max(1, min(fair, CHUNK_BYTES // (block_rows * n_classes * dtype.itemsize)))
     compute_dtype = np.dtype(np.float64 if dtype == np.float64 else np.float32)
-    return Plan(compute_dtype, n_rows, n_classes, block_rows, max(1, min(n_threads, n_blocks)))
+    return Plan(compute_dtype, n_rows, n_classes, block_rows, chunk_blocks, n_threads)

@@ -254,7 +254,7 @@ def test_weights_of_any_kind_give_scikit_learns_value(dtype, weights):
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 10, 1000, 70000])  # 70000: a row is longer than a block
-def test_block_edges_do_not_change_the_value(n_classes):
+def test_block_edges_do_not_change_the_value(n_classes, no_host):
     for n_rows in {1, 2, adapter.BLOCK // n_classes, adapter.BLOCK // n_classes + 1} - {0}:
         rng = np.random.default_rng(n_rows)
         p = rng.random((n_rows, n_classes)) + 0.01
@@ -715,6 +715,8 @@ def test_what_is_no_fitted_classifier_is_refused():
         neg_cross_entropy_scorer(LogisticRegression(), p, y)
     with pytest.raises(ValueError, match=r"y_proba has shape \(40, 3\); expected \(n_samples, 2\)"):
         neg_cross_entropy_scorer(Fixed([0, 1]).fit(p), p, y % 2)
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        neg_cross_entropy_scorer(Fixed([0, 1, 2], p[1:]).fit(p), p, y)
     with pytest.raises(ValueError, match=r"decision_function has shape \(40, 3\)"):
         make_cross_entropy_scorer(response_method="decision_function")(Fixed([0, 1]).fit(p), p, y % 2)
 

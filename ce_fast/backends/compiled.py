@@ -53,7 +53,7 @@ def scan_targets(rows: Rows, n_rows: int, n_classes: int) -> tuple[int, int, flo
 def run(job: Job, plan: Plan) -> float:
     rows = job.rows
     return _kernels.run_rows(
-        _isa.get(), plan.compute_dtype.itemsize == 8, plan.n_rows, plan.block_rows, plan.n_threads,
+        _isa.get(), plan.compute_dtype.itemsize == 8, plan.n_rows, plan.block_rows, plan.chunk_blocks, plan.n_threads,
         job.logits, _dtype(job.logits), job.soft, _dtype(job.soft), job.out, _kernels.EMIT[job.emit],
         rows.target, _dtype(rows.target), rows.ignore_index,
         rows.weight, rows.sample_weight, job.upstream,
