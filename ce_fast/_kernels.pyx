@@ -53,6 +53,7 @@ cdef extern from "ce_fast.h" nogil:
     int ce_max_threads()
     int ce_openmp()
     double ce_sum_in_order(const double *values, int64_t n)
+    void ce_sum_weights(ce_job *)
     int64_t ce_scan_targets(const ce_job *, int64_t *n_counted, double *weight_sum)
 
 DTYPES = {"float64": CE_FLOAT64, "float32": CE_FLOAT32, "float16": CE_FLOAT16, "bfloat16": CE_BFLOAT16}
@@ -151,6 +152,7 @@ def run_rows(int isa, bint compute_float64, int64_t n_rows, int64_t block_rows, 
         free(tiles)
         raise MemoryError(f"no memory for {n_blocks} partial sums and {n_threads * n_tiles} tile references")
     with nogil:
+        ce_sum_weights(&job)
         if n_threads == 1:
             for b in range(n_blocks):
                 first = b * block_rows

@@ -598,6 +598,8 @@ def run(names: Sequence[str] = (), quick: bool = False, repeats: int | None = No
     repeats = repeats or (3 if quick else 7)
     chosen = [workload for workload in WORKLOADS if not names or workload.name in names]
     rows = [row for w in chosen for row in measure(w, w.quick_shape if quick else w.shape, repeats)]
+    if quick:  # the bars are those of the full size
+        rows = [dataclasses.replace(row, at_least=None, goal=None) for row in rows]
     memory = None
     if not names or MEMORY in names:
         memory = measure_memory(FORWARD.quick_shape if quick else FORWARD.shape)

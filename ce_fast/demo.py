@@ -252,7 +252,7 @@ SECTIONS: dict[str, Callable] = {
     "Model selection in scikit-learn": grid_search,
     "Evaluation of a language model's logits": evaluate,
     "Training in torch": train,
-    "How fast, here and now (a quarter of the rows; the bars are those of the full size)": ratios,
+    "How fast, here and now (a quarter of the rows)": ratios,
 }
 
 

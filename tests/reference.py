@@ -99,15 +99,16 @@ def cross_entropy(
     rows = np.where(counts, s * (cross + (z * lse if z_loss else 0)), 0)
 
     total = mass.sum(-1)
-    heaviest = np.zeros(x.shape, bool)  # the class that keeps its digits: the target, or the most probable one
-    np.put_along_axis(heaviest, q.argmax(-1)[..., None] if not indices else t[..., None], True, -1)
-    row_terms = np.where(counts, rows + s * np.where(heaviest, 0, mass).sum(-1), 0)
+    heaviest = np.zeros(x.shape, bool)  # the class that keeps its digits: the target, or that of the largest mass
+    np.put_along_axis(heaviest, mass.argmax(-1)[..., None] if not indices else t[..., None], True, -1)
     # p_k total - mass_k, with 1 - p_k in place of p_k where mass_k is most of the total
-    others = total[..., None] - mass
+    off_heaviest = np.where(heaviest, 0, mass).sum(-1, keepdims=True)
+    others = np.where(heaviest, off_heaviest, total[..., None] - mass)
+    row_terms = np.where(counts, rows + s * off_heaviest[..., 0], 0)
     direct = total[..., None] * p - mass
     turned = others - total[..., None] * rest
     grad = np.where(mass > others, turned, direct) + 2 * z[..., None] * p
-    magnitude = (total + 2 * z)[..., None]
+    magnitude = (total + 2 * np.abs(z))[..., None]
     careful = np.maximum(magnitude * np.minimum(p, rest), np.minimum(mass, np.abs(others)))
     terms = np.where(heaviest, careful, np.maximum(magnitude * p, mass))
     divisor = WIDE(1)

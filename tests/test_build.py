@@ -1,6 +1,7 @@
 """What is built and installed: the wheel, the sdist, and the builds of lesser compilers."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -60,8 +61,7 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture
 def unpacked(sdist, tmp_path):
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
+    shutil.unpack_archive(sdist, tmp_path / "unpacked")
     (folder,) = (tmp_path / "unpacked").iterdir()
     (tmp_path / "wheel").mkdir()
     return folder, tmp_path / "wheel"

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -15,7 +15,6 @@ def targets(logits):
     return np.arange(logits.shape[0]) * 7 % logits.shape[1]
 
 
-@settings(deadline=None)
 @given(ROWS, st.integers(-1000, 1000))
 def test_adding_a_constant_to_a_row_keeps_the_loss(logits, constant):
     logits = np.round(logits * 64) / 64  # so that the sum is exact
@@ -23,7 +22,6 @@ def test_adding_a_constant_to_a_row_keeps_the_loss(logits, constant):
     assert ce.cross_entropy(logits + constant, t) == pytest.approx(ce.cross_entropy(logits, t), rel=1e-14, abs=1e-300)
 
 
-@settings(deadline=None)
 @given(ROWS, st.randoms())
 def test_permuting_classes_permutes_the_gradient(logits, random):
     order = list(range(logits.shape[1]))
@@ -36,7 +34,6 @@ def test_permuting_classes_permutes_the_gradient(logits, random):
     np.testing.assert_allclose(grad2, grad[:, order], rtol=1e-12, atol=1e-16)
 
 
-@settings(deadline=None)
 @given(ROWS, st.floats(0, 1), st.floats(0, 0.1))
 def test_gradient_rows_sum_to_the_slope_of_the_z_loss(logits, eps, z_loss):
     """Cross-entropy does not change along a constant; z_loss lse^2 changes by 2 z_loss lse."""
@@ -47,7 +44,6 @@ def test_gradient_rows_sum_to_the_slope_of_the_z_loss(logits, eps, z_loss):
     np.testing.assert_allclose(grad.sum(-1), slope, rtol=1e-12, atol=1e-13)
 
 
-@settings(deadline=None)
 @given(ROWS, st.floats(0, 1))
 def test_one_hot_class_probabilities_equal_indices(logits, eps):
     t = targets(logits)
@@ -57,7 +53,6 @@ def test_one_hot_class_probabilities_equal_indices(logits, eps):
     np.testing.assert_allclose(by_probability[1], by_index[1], rtol=1e-13, atol=1e-17)
 
 
-@settings(deadline=None, max_examples=50)
 @given(ROWS, st.sampled_from([{}, {"label_smoothing": 0.2}, {"z_loss": 0.01}, {"reduction": "sum"}]))
 def test_finite_differences_agree_with_the_gradient(logits, options):
     loss, t, h = ce.CrossEntropyLoss(**options), targets(logits), 1e-5
@@ -68,7 +63,6 @@ def test_finite_differences_agree_with_the_gradient(logits, options):
         assert (loss(logits + step, t) - loss(logits - step, t)) / (2 * h) == pytest.approx(grad[i, k], abs=2e-8)
 
 
-@settings(deadline=None)
 @given(ROWS)
 def test_softmax_and_its_relatives_agree(logits):
     np.testing.assert_allclose(ce.softmax(logits).sum(-1), 1, rtol=1e-14)
@@ -86,7 +80,6 @@ def test_a_million_equal_rows_have_the_mean_of_one(backend):
     assert ce.cross_entropy(rows, np.zeros(1_000_000, int), sample_weight=weight) == pytest.approx(np.log(3), rel=1e-15)
 
 
-@settings(deadline=None)
 @given(ROWS)
 def test_boolean_sample_weight_is_a_mask(logits):
     t, mask = targets(logits), np.arange(logits.shape[0]) % 2 == 0

@@ -114,6 +114,7 @@ BAD_LABELS = {
     "object int": lambda y: y.astype(object),
     "None among str": lambda y: np.where(y > 0, "x", None),
     "int among str": lambda y: ["a", *y.tolist()[1:]],
+    "str among int": lambda y: [0] * (len(y) - 1) + ["a"],
     "bytes": lambda y: y.astype("S"),
     "indicator": lambda y: np.eye(3, dtype=int)[y % 3],
     "list of lists": lambda y: y[:, None].tolist(),

@@ -84,18 +84,20 @@ def _exp_minus(x, m):
 
 
 @_jit
-def _argmax(x):
-    at, best = 0, -np.inf
-    for k in range(x.size):
-        if x[k] > best:
-            at, best = k, x[k]
-    return at
-
-
-@_jit
 def _mass(q, k, weight, on, off):
     share = on * q[k] + off if q.size else off
     return share * weight[k] if weight.size else share
+
+
+@_jit
+def _argmax(x, q, weight, on, off):
+    """The first class of the largest mass, or without class probabilities of the largest logit."""
+    at, best = 0, -np.inf
+    for k in range(x.size):
+        value = _mass(q, k, weight, on, off) if q.size else float(x[k])
+        if value > best:
+            at, best = k, value
+    return at
 
 
 @_jit
@@ -169,10 +171,8 @@ def _write_gradient(x, q, out, t, m, lse, a_over_sum, scale, g_t, weight, on, of
 def _row(x, q, out, target, weight, on, off, z_loss, s, scale, emit, tiny):
     """(loss, lse) of a row that counts; target -1: none."""
     t = target
-    if t < 0 and q.size:
-        t = _argmax(q)
-    elif t < 0 and emit != 1:
-        t = _argmax(x)
+    if t < 0 and (q.size or emit != 1):
+        t = _argmax(x, q, weight, on, off)
     m, rest, infinite = _statistics(x, t)
     if t < 0:
         lse = math.nan if infinite else m + math.log(rest)

@@ -12,6 +12,10 @@ typedef enum { CE_FLOAT64, CE_FLOAT32, CE_FLOAT16, CE_BFLOAT16 } ce_dtype;
 typedef enum { CE_INT8, CE_UINT8, CE_INT16, CE_UINT16, CE_INT32, CE_UINT32, CE_INT64, CE_UINT64 } ce_index_type;
 typedef enum { CE_NOTHING, CE_GRADIENT, CE_LOG_SOFTMAX } ce_emit;
 
+typedef struct {
+    double high, low; /* a sum, and what its roundings lost (sums.h) */
+} ce_sum;
+
 typedef struct {                        /* an array of shape (outer..., n_classes), any strides */
     char *data;                         /* first element; NULL: absent */
     ce_dtype dtype;
@@ -33,6 +37,7 @@ typedef struct {
     ce_index_type target_type;
     int64_t ignore_index;
     const double *weight;        /* in (n_classes), or NULL: ones */
+    ce_sum weight_total;         /* sum_k w_k, to more than double precision; set by ce_sum_weights */
     const double *sample_weight; /* in (n_rows), or NULL: ones */
     const double *upstream;      /* in (n_rows), or NULL: ones */
 
@@ -67,6 +72,7 @@ int ce_max_threads(void);             /* OpenMP's limit for the calling thread; 
 int ce_openmp(void);                  /* _OPENMP, or 0 */
 
 /* targets.c */
+void ce_sum_weights(ce_job *job);
 double ce_sum_in_order(const double *values, int64_t n);
 int64_t ce_target_at(const void *target, ce_index_type type, int64_t i);
 int64_t ce_scan_targets(const ce_job *job, int64_t *n_counted, double *weight_sum);

@@ -6,10 +6,6 @@
 #include <math.h>
 #include "ce_fast.h"
 
-typedef struct {
-    double high, low; /* the sum, and what its roundings lost */
-} ce_sum;
-
 CE_INLINE void ce_add(ce_sum *s, double term)
 {
     double sum = s->high + term;

@@ -27,6 +27,14 @@ double ce_sum_in_order(const double *values, int64_t n)
     return ce_total(&sum);
 }
 
+void ce_sum_weights(ce_job *job)
+{
+    ce_sum sum = {job->weight ? 0 : (double)job->n_classes, 0};
+    for (int64_t k = 0; job->weight && k < job->n_classes; k++)
+        ce_add(&sum, job->weight[k]);
+    job->weight_total = sum;
+}
+
 /* The position of the first target that counts and is no class, or -1. Rows of sample weight 0 are not read.
    *n_counted: rows that count; *weight_sum: sum over them of s_i w_t, with w_t = 1 for class probabilities. */
 int64_t ce_scan_targets(const ce_job *job, int64_t *n_counted, double *weight_sum)
