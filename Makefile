@@ -25,7 +25,7 @@ accuracy: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/cython-lint ce_fast/_kernels.pyx
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint ce_fast/_kernels.pyx  # it calls pycodestyle
 	$(BIN)/mypy
 
 $(VENV)/installed: $(SOURCES)

@@ -19,6 +19,7 @@ REQUIRED = os.environ.get("CE_FAST_REQUIRE_EXT", "0") not in ("", "0")
 SOURCES = ["baseline", "avx2", "avx512"]
 # Without -fno-trapping-math GCC does not vectorize exp. Never -ffast-math: it sets flush-to-zero in the whole process.
 GNU_FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+OPENMP = "-fopenmp"
 OPENMP_PROBE = """
 #include <omp.h>
 int main(void) {
@@ -30,14 +31,14 @@ int main(void) {
 """
 
 
-def openmp_works(compiler, flag):
+def openmp_works(compiler):
     """Compile, link and run a small OpenMP program."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.c")
         source.write_text(OPENMP_PROBE)
         try:
-            objects = compiler.compile([str(source)], output_dir=folder, extra_postargs=[flag])
-            compiler.link_executable(objects, "probe", output_dir=folder, extra_postargs=[flag])
+            objects = compiler.compile([str(source)], output_dir=folder, extra_postargs=[OPENMP])
+            compiler.link_executable(objects, "probe", output_dir=folder, extra_postargs=[OPENMP])
             return subprocess.run([str(Path(folder, "probe"))], timeout=60).returncode == 0
         except Exception as error:  # whatever a compiler does when it lacks OpenMP
             print(f"OpenMP probe: {error}", file=sys.stderr)
@@ -46,12 +47,10 @@ def openmp_works(compiler, flag):
 
 class BuildKernels(build_ext):
     def build_extension(self, ext):
-        msvc = self.compiler.compiler_type == "msvc"
-        openmp = "/openmp" if msvc else "-fopenmp"
-        ext.extra_compile_args = ["/O2"] if msvc else list(GNU_FLAGS)
-        if openmp_works(self.compiler, openmp):
-            ext.extra_compile_args.append(openmp)
-            ext.extra_link_args = [] if msvc else [openmp]
+        ext.extra_compile_args = list(GNU_FLAGS)
+        if openmp_works(self.compiler):
+            ext.extra_compile_args.append(OPENMP)
+            ext.extra_link_args = [OPENMP]
         else:
             warnings.warn("ce_fast: this compiler has no working OpenMP; the kernels will use one thread", stacklevel=2)
         super().build_extension(ext)

@@ -1,7 +1,7 @@
 """The NumPy API: one function a loss, the short way to its value; array-likes in, Python floats and arrays out.
 
-Every function here takes `logits` (or `log_probs`), `target`, `sample_weight`, `class_axis` and `n_threads` as
-`ce_fast.CrossEntropyLoss` describes them, and raises as it does.
+`logits` (or `log_probs`), `target`, `sample_weight`, `class_axis` and `n_threads` are what `ce_fast.CrossEntropyLoss`
+says of them; errors likewise.
 """
 
 import math
@@ -117,7 +117,8 @@ def logsumexp(logits, class_axis=None, *, n_threads=None) -> np.ndarray:
     >>> ce.logsumexp([[0.0, 0.0], [1000.0, 0.0]]).round(6)
     array([6.93147e-01, 1.00000e+03])
     """
-    return engine.logsumexp(logits, class_axis=_axis(class_axis), n_threads=inputs.check_n_threads(n_threads))
+    axis = inputs.check_class_axis(class_axis)
+    return engine.logsumexp(logits, class_axis=axis, n_threads=inputs.check_n_threads(n_threads))
 
 
 def softmax(logits, class_axis=None, *, out=None, n_threads=None) -> np.ndarray:
@@ -166,10 +167,6 @@ def log_softmax(logits, class_axis=None, *, out=None, n_threads=None) -> np.ndar
     return _transform("log_softmax", logits, class_axis, out, n_threads)
 
 
-def _axis(class_axis):
-    return inputs.check_class_axis(class_axis)
-
-
 def _transform(what, logits, class_axis, out, n_threads):
-    threads = inputs.check_n_threads(n_threads)
-    return engine.transform(what, logits, class_axis=_axis(class_axis), n_threads=threads, out=out)
+    axis = inputs.check_class_axis(class_axis)
+    return engine.transform(what, logits, class_axis=axis, n_threads=inputs.check_n_threads(n_threads), out=out)

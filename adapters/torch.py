@@ -54,7 +54,7 @@ _make_loss_once = functools.lru_cache(maxsize=128, typed=True)(_make_loss)  # a 
 def _array(tensor: Tensor) -> np.ndarray:
     """The tensor's own memory as an array, whatever its strides."""
     if tensor.dtype == torch.bfloat16:
-        return tensor.detach().view(torch.int16).numpy().view(_BFLOAT16)
+        return tensor.detach().resolve_neg().view(torch.int16).numpy().view(_BFLOAT16)
     return tensor.numpy(force=True)  # force: of a tensor that needs a gradient too
 
 
@@ -97,14 +97,15 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor):  # type: ignore[override]
-        input, target, sample_weight = ctx.saved_tensors
         batched = torch._C._functorch.is_legacy_batchedtensor(upstream)  # by autograd.grad(is_grads_batched=True)
         if torch.is_grad_enabled() or batched or _recorder():
+            input, target, sample_weight = ctx.saved_tensors
             return _gradient(ctx.loss, input, target, sample_weight, upstream), None, None, None, None
         gradient, ctx.gradient = ctx.gradient, None  # no reference stays: autograd may add to it in place
         factor = _array(upstream) if ctx.loss.reduction == "none" else upstream.item()
         # 16-bit gradients are scaled before they are rounded, or a loss scale would come too late for small ones
         if gradient is None or (factor != 1 and gradient.itemsize == 2):
+            input, target, sample_weight = ctx.saved_tensors
             given, out = _arrays(input, target, sample_weight), None if gradient is None else _array(gradient)
             gradient = _gradient_tensor(ctx.loss.value_and_grad(*given, out=out, upstream=factor)[1])
         elif factor != 1:
@@ -162,7 +163,7 @@ def _stranger(input, target, weight, sample_weight) -> str | None:
             return f"{name} is a {type(tensor).__name__}"
         if not tensor.is_cpu or tensor.layout != torch.strided:
             return f"{name} is a {tensor.layout} tensor on {tensor.device}"
-        if tensor.requires_grad and tensor is not input and torch.is_grad_enabled():
+        if tensor.requires_grad and name != "input" and torch.is_grad_enabled():
             return f"{name} requires a gradient"
     if input.dtype not in _FLOATS:
         return f"input has dtype {input.dtype}"

@@ -152,7 +152,8 @@ def run_rows(int isa, bint compute_float64, int64_t n_rows, int64_t block_rows, 
         free(tiles)
         raise MemoryError(f"no memory for {n_blocks} partial sums and {n_threads * n_tiles} tile references")
     with nogil:
-        ce_sum_weights(&job)
+        if job.off != 0 and job.target != NULL:  # smoothed class indices alone read it
+            ce_sum_weights(&job)
         if n_threads == 1:
             for b in range(n_blocks):
                 first = b * block_rows

@@ -30,7 +30,7 @@ def _plan(logits: Logits, n_threads: int | None) -> Plan:
 
 
 def _check(loss: "_Loss", logits: Logits, target, sample_weight) -> Call:
-    inputs.check_weight_size(loss.weight, logits)
+    inputs.check_weight(loss.weight, logits)
     indices, soft = inputs.as_targets(target, logits)
     rows = Rows(indices, loss.ignore_index, loss.weight, inputs.as_sample_weight(sample_weight, logits))
     counted, weight_sum = inputs.check_targets(rows, logits)
@@ -61,8 +61,7 @@ def softmax_loss(loss: "CrossEntropyLoss", logits, target, sample_weight, *, gra
     factor, row_factors = _as_upstream(upstream, loss, checked)
     grad = None
     if gradient:
-        given = {"target": target, "weight": loss.weight, "sample_weight": sample_weight, "upstream": upstream}
-        grad = inputs.as_out(out, checked, given)
+        grad = inputs.as_out(out, checked, _read(call, row_factors))
     plan = _plan(checked, loss.n_threads)
     row_losses = np.empty(plan.n_rows, plan.compute_dtype) if loss.reduction == "none" else None
     job = Job(
@@ -80,6 +79,12 @@ def softmax_loss(loss: "CrossEntropyLoss", logits, target, sample_weight, *, gra
     if row_losses is not None:
         return row_losses.reshape(checked.outer_shape), grad
     return reduction.reduced(loss_sum, call.divisor), grad
+
+
+def _read(call: Call, row_factors: np.ndarray | None) -> dict[str, np.ndarray | None]:
+    """The arrays that are read while a gradient is written, by name."""
+    rows, target = call.rows, call.soft if call.soft is not None else call.rows.target
+    return {"target": target, "weight": rows.weight, "sample_weight": rows.sample_weight, "upstream": row_factors}
 
 
 def _emit(job: Job, plan: Plan, what: str, out: np.ndarray | None, axis: int) -> float:
@@ -116,46 +121,33 @@ def picked_loss(loss: "NLLLoss", log_probs, target, sample_weight, *, gradient=F
     """(value, gradient or None) of -w_t log_probs_t: no statistics, only the target's element of each row."""
     checked = inputs.as_logits(log_probs, loss.class_axis, "log_probs")
     call = _check(loss, checked, target, sample_weight)
-    indices = call.rows.target
-    if indices is None:
+    if call.rows.target is None:
         raise TypeError("target holds class probabilities; nll_loss takes class indices (an integer dtype)")
     factor, row_factors = _as_upstream(upstream, loss, checked)
-    weights, picked = _picked_weights(call), _picked_index(call)
-    values = -np.take_along_axis(checked.rows, picked, -1).reshape(-1).astype(np.float64)
-    with np.errstate(invalid="ignore"):  # 0 * inf is 0 here, and NaN stays NaN
-        row_losses = np.where((weights == 0) & ~np.isnan(values), 0.0, weights * values)
-    row_losses[~_counts(call.rows)] = 0.0
-    grad = None
-    if gradient:
-        given = {"target": target, "weight": loss.weight, "sample_weight": sample_weight, "upstream": upstream}
-        grad = inputs.as_out(out, checked, given)
-        grad[...] = 0
-        slope = -weights * factor * reduction.gradient_scale(call.divisor)
-        slope = slope if row_factors is None else slope * row_factors
-        rows = inputs.class_last(grad, checked.axis)
-        np.put_along_axis(rows, picked, slope.reshape(picked.shape).astype(grad.dtype), -1)
+    grad = inputs.as_out(out, checked, _read(call, row_factors)) if gradient else None
+    counts, picked, weights = _pick(call.rows)
+    place = picked.reshape(*checked.outer_shape, 1)
+    values = -np.take_along_axis(checked.rows, place, -1).reshape(-1).astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        nothing = ~counts | ((weights == 0) & ~np.isnan(values))  # 0 * inf is 0 here, and NaN stays NaN
+        row_losses = np.where(nothing, 0.0, weights * values)
+        if grad is not None:
+            slope = -weights * (factor * reduction.gradient_scale(call.divisor))
+            slope = np.where(counts, slope if row_factors is None else slope * row_factors, 0.0)
+            grad[...] = 0
+            np.put_along_axis(inputs.class_last(grad, checked.axis), place, slope.reshape(place.shape), -1)
     if loss.reduction == "none":
         dtype = np.float64 if checked.rows.dtype == np.float64 else np.float32
         return row_losses.astype(dtype).reshape(checked.outer_shape), grad
     return reduction.reduced(float(row_losses.sum()), call.divisor), grad
 
 
-def _counts(rows: Rows) -> np.ndarray:
+def _pick(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(whether each row counts; its target, or 0; s_i w_t, or 0), flat."""
     assert rows.target is not None
     counts = rows.target != rows.ignore_index
-    return counts if rows.sample_weight is None else counts & (rows.sample_weight != 0)
-
-
-def _picked_index(call: Call) -> np.ndarray:
-    """The target of each row that counts, 0 for the others: (outer..., 1)."""
-    assert call.rows.target is not None
-    picked = np.where(_counts(call.rows), call.rows.target, 0).astype(np.int64)
-    return picked.reshape(*call.logits.outer_shape, 1)
-
-
-def _picked_weights(call: Call) -> np.ndarray:
-    """s_i w_t of each row, 0 where it does not count."""
-    weights = _counts(call.rows).astype(np.float64)
-    if call.rows.weight is not None:
-        weights *= call.rows.weight[_picked_index(call).reshape(-1)]
-    return weights if call.rows.sample_weight is None else weights * call.rows.sample_weight
+    weights = np.ones(counts.shape) if rows.sample_weight is None else rows.sample_weight
+    counts &= weights != 0
+    picked = np.where(counts, rows.target, 0).astype(np.int64)
+    weights = np.where(counts, weights if rows.weight is None else weights * rows.weight[picked], 0.0)
+    return counts, picked, weights

@@ -35,7 +35,9 @@ class Logits:
 def as_array(value, name: str) -> np.ndarray:
     """What `np.asarray` takes, and CPU arrays that speak DLPack without a copy."""
     if isinstance(value, np.ndarray):
-        return value.view(np.ndarray) if type(value) is not np.ndarray else value
+        if type(value) is not np.ndarray and np.ma.is_masked(value):
+            raise TypeError(f"{name} is a masked array; expected a plain one, with its mask as sample_weight")
+        return value if type(value) is np.ndarray else value.view(np.ndarray)
     device = getattr(value, "__dlpack_device__", None)
     if device is not None and not hasattr(value, "__array_interface__"):
         kind, _ = device()
@@ -45,7 +47,11 @@ def as_array(value, name: str) -> np.ndarray:
             return np.from_dlpack(value)
         except (BufferError, TypeError, RuntimeError):  # a dtype or flag that DLPack to NumPy refuses
             pass
-    return np.asarray(value)
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = type(value)
+        raise TypeError(f"{name} is a {kind.__module__}.{kind.__name__} that NumPy cannot read: {error}") from error
 
 
 @lru_cache(maxsize=64)  # the name of a dtype costs a microsecond
@@ -182,17 +188,28 @@ def as_class_weight(value, *, negative: bool = False) -> np.ndarray | None:
     weight = np.array(array, np.float64)
     good = np.isfinite(weight) & (negative | (weight >= 0))
     if not good.all():
-        raise ValueError(f"weight{_first_bad(weight, good, weight.shape)}; expected finite values of at least 0")
+        wanted = "finite values" + ("" if negative else " of at least 0")
+        raise ValueError(f"weight{_first_bad(weight, good, weight.shape)}; expected {wanted}")
     weight.flags.writeable = False
     return weight
 
 
-def check_weight_size(weight: np.ndarray | None, logits: Logits) -> None:
-    if weight is not None and weight.shape[0] != logits.n_classes:
+def check_weight(weight: np.ndarray | None, logits: Logits) -> None:
+    """The parts of a class weight's checks that need the logits."""
+    if weight is None:
+        return
+    if weight.shape[0] != logits.n_classes:
         raise ValueError(
             f"weight has {weight.shape[0]} values; expected {logits.n_classes}, "
             f"the classes along axis {logits.axis} of logits of shape {logits.given.shape}"
         )
+    if logits.rows.dtype == np.float64:
+        return
+    size = np.abs(weight)  # masses are float32, and so are sums of them
+    good = (size == 0) | ((size > 1e-30) & (size < 1e30))
+    if not good.all():
+        bad = _first_bad(weight, good, weight.shape)
+        raise ValueError(f"weight{bad}; {logits.given.dtype} logits take 0, or magnitudes from 1e-30 to 1e30")
 
 
 def check_targets(rows: backends.Rows, logits: Logits) -> tuple[int, float]:
@@ -229,7 +246,7 @@ def _overlaps_itself(array: np.ndarray) -> bool:
     return False
 
 
-def as_out(out, logits: Logits, others: dict[str, object]) -> np.ndarray:
+def as_out(out, logits: Logits, others: dict[str, np.ndarray | None]) -> np.ndarray:
     """The array that takes the gradient: a new one, or `out` if it is fit."""
     given = logits.given
     if out is None:
@@ -248,7 +265,7 @@ def as_out(out, logits: Logits, others: dict[str, object]) -> np.ndarray:
     if not _same(out, given):
         others = {"logits": given, **others}
     for name, other in others.items():
-        if isinstance(other, np.ndarray) and np.shares_memory(out, other):
+        if other is not None and np.shares_memory(out, other):
             raise ValueError(f"out overlaps {name}; expected memory of its own, or logits itself")
     return out
 
@@ -274,6 +291,13 @@ def check_integer(name: str, value) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; expected an integer")
     return int(value)
+
+
+def check_ignore_index(value) -> int:
+    value = check_integer("ignore_index", value)
+    if not -(2**63) <= value < 2**63 - 1:
+        raise ValueError(f"ignore_index is {value}; expected -2**63 <= ignore_index < 2**63 - 1")
+    return value
 
 
 def check_n_threads(value) -> int | None:

@@ -36,7 +36,7 @@ class _Loss:
             denominator = inputs.check_option("denominator", denominator, 0.0, above=True)
         self._set(
             weight=inputs.as_class_weight(self.weight, negative=self._negative_weight),
-            ignore_index=inputs.check_integer("ignore_index", self.ignore_index),
+            ignore_index=inputs.check_ignore_index(self.ignore_index),
             reduction=inputs.check_choice("reduction", self.reduction, REDUCTIONS),
             denominator=denominator,
             class_axis=inputs.check_class_axis(class_axis),

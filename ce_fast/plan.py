@@ -8,6 +8,8 @@ BLOCK_LOGITS = 32768  # logits a block: 128 KiB of float32, some 10 us of work; 
 
 CHUNK_BYTES = 1 << 22  # two huge pages: threads that meet on a new one both clear it, which cost a new gradient 25 %
 
+MOST_THREADS = 256  # OpenMP ends the process when it cannot start as many as it is asked for
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -27,7 +29,7 @@ def make_plan(outer_shape: tuple[int, ...], n_classes: int, dtype: np.dtype, n_t
         n_rows *= n
     block_rows = max(1, BLOCK_LOGITS // n_classes)
     n_blocks = -(-n_rows // block_rows)
-    n_threads = max(1, min(n_threads, n_blocks))
+    n_threads = max(1, min(n_threads, n_blocks, MOST_THREADS))
     fair = n_blocks // (4 * n_threads)  # no thread waits long for the last chunk of another
     chunk_blocks = max(1, min(fair, CHUNK_BYTES // (block_rows * n_classes * dtype.itemsize)))
     compute_dtype = np.dtype(np.float64 if dtype == np.float64 else np.float32)

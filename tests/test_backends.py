@@ -87,6 +87,11 @@ def test_use_backend_is_a_call_and_a_context_manager():
     finally:
         ce.use_backend(None)
     assert ce.show_config(mode="dicts")["backend"] == before
+    again = ce.use_backend("numba")
+    for _ in range(2):
+        with again:
+            assert ce.show_config(mode="dicts")["backend"] == "numba"
+        assert ce.show_config(mode="dicts")["backend"] == before
     with pytest.raises(ValueError, match=r"backend is 'cuda'; expected one of \('compiled', 'numba'\)"):
         ce.use_backend("cuda")
 

@@ -186,6 +186,7 @@ BAD_OPTIONS = [
     (ValueError, "n_threads is -2", {"n_threads": -2}),
     (TypeError, "n_threads is 1.5", {"n_threads": 1.5}),
     (TypeError, "ignore_index is 'x'", {"ignore_index": "x"}),
+    (ValueError, "ignore_index is 18446744073709551615; expected", {"ignore_index": 2**64 - 1}),
     (TypeError, "class_axis is 'last'", {"class_axis": "last"}),
     (ValueError, r"weight has shape \(2, 2\); expected \(n_classes,\)", {"weight": np.ones((2, 2))}),
     (ValueError, r"weight\[1\] is -1.0; expected finite values of at least 0", {"weight": [1, -1]}),
@@ -208,6 +209,13 @@ def test_options_that_need_the_data_raise_when_it_is_called():
         others(np.zeros((2, 1)), [0, 0])
     with pytest.raises(ValueError, match="class probabilities"):
         others(X, X)
+
+
+def test_class_weights_beyond_float32_need_float64_logits():
+    for weight in ([1e39, 1.0, 1.0], [1.0, 1e-46, 1.0]):
+        assert np.isfinite(ce.cross_entropy(X, T, weight, label_smoothing=0.1))
+        with pytest.raises(ValueError, match=r"weight\[\d\] is .*; float32 logits take 0, or magnitudes from 1e-30"):
+            ce.cross_entropy(X.astype(np.float32), T, weight, label_smoothing=0.1)
 
 
 def test_unknown_options_are_refused():
@@ -252,6 +260,31 @@ def test_out_that_is_not_fit_is_refused():
         ce.CrossEntropyLoss().value_and_grad(logits, T, out=logits)
 
 
+def test_out_that_overlaps_what_another_library_owns_is_refused():
+    torch = pytest.importorskip("torch")
+    q = torch.full((4, 3), 1 / 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="out overlaps target"):
+        ce.CrossEntropyLoss().value_and_grad(np.zeros((4, 3)), q, out=q.numpy())
+
+
+def test_masked_values_are_not_read_as_data():
+    with pytest.raises(
+        TypeError, match="logits is a masked array; expected a plain one, with its mask as sample_weight"
+    ):
+        ce.cross_entropy(np.ma.masked_greater(np.eye(3), 0), [0, 1, 2])
+
+
+def test_what_numpy_cannot_read_is_named():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"logits is a torch.Tensor that NumPy cannot read"):
+        ce.cross_entropy(torch.zeros(2, 3, requires_grad=True), [0, 1])
+
+
+def test_more_threads_than_can_be_started_are_not_asked_for():
+    logits = np.broadcast_to(np.zeros((1, 32768), np.float32), (2000, 32768))
+    assert ce.CrossEntropyLoss(n_threads=10**6)(logits, np.zeros(2000, int)) == pytest.approx(np.log(32768))
+
+
 def test_upstream_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"upstream has shape \(4,\) .* expected one number"):
         ce.CrossEntropyLoss().value_and_grad(X, T, upstream=np.ones(4))
@@ -281,5 +314,7 @@ def test_nll_loss_of_impossible_rows():
     assert ce.NLLLoss(weight=[0.0, 1.0], reduction="none")(log_probs, [0, 0, 1])[0] == 0
     with pytest.raises(TypeError, match="class indices"):
         loss(log_probs, log_probs)
+    _, grad = loss.value_and_grad(log_probs, [0, -100, 0], upstream=[1.0, np.nan, np.inf])
+    np.testing.assert_array_equal(grad, [[-1, 0], [0, 0], [-np.inf, 0]])
     with pytest.raises(IndexError, match=r"target\[1\] is 2"):
         loss(log_probs, [0, 2, 0])

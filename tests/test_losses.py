@@ -226,3 +226,19 @@ def test_equal_logits_share_the_probability_to_the_ulp(variant, dtype, n_classes
         check(np.full((1, n_classes), constant, dtype), np.zeros(1, int))
         p = ce.softmax(np.full((1, n_classes), constant, dtype)).astype(np.longdouble)
         assert_grad_close(p, np.full((1, n_classes), 1 / np.longdouble(n_classes)), 0 * p, dtype)
+
+
+@pytest.mark.parametrize("n_classes, gap", [(152064, 87.0), (1000, 90.0), (2, 87.0)])
+def test_losses_are_right_down_to_the_smallest_normal_number(variant, n_classes, gap):
+    """Each term of the sum is subnormal against the largest logit; together they are not."""
+    logits = np.full((1, n_classes), -gap, np.float32)
+    logits[0, 0] = 0
+    check(logits, np.zeros(1, int), reduction="none")
+
+
+def test_finite_logits_as_far_apart_as_can_be_have_an_infinite_loss_and_no_nan(variant):
+    for dtype in (np.float64, np.float32):
+        far = float(np.finfo(dtype).max)
+        value, grad = ce.CrossEntropyLoss().value_and_grad(np.array([[-far, far]], dtype), [0])
+        assert value > 1e38 and not np.isnan(grad).any()
+        np.testing.assert_array_equal(grad, [[-1, 1]])

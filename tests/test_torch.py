@@ -429,11 +429,14 @@ def test_gradients_of_two_losses_add_up_in_one_leaf():
 
 @pytest.mark.parametrize("changed", ["input", "target", "sample_weight"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_changing_saved_tensors_in_place_before_backward_raises(changed, reduction):
+def test_changing_saved_tensors_in_place_matters_only_to_a_gradient_that_is_computed_from_them(changed, reduction):
     leaf = torch.randn(6, K, requires_grad=True)
     saved = {"input": leaf * 1, "target": torch.randint(1, K, (6,)), "sample_weight": torch.rand(6)}
+    expected = torch.autograd.grad(cross_entropy(**saved, reduction=reduction).sum(), leaf, retain_graph=True)[0]
     loss = cross_entropy(**saved, reduction=reduction).sum()
     saved[changed].mul_(0)
+    if reduction == "mean":  # the gradient was computed along with the loss
+        assert torch.equal(torch.autograd.grad(loss, leaf, retain_graph=True)[0], expected)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -801,3 +804,16 @@ def test_arrays_share_the_memory_of_tensors():
         assert array.dtype.name == str(tensor.dtype).removeprefix("torch.")
         assert array.ctypes.data == tensor.data_ptr() and array.shape == tensor.shape
         assert np.shares_memory(array, adapter._array(tensor))
+
+
+def test_input_that_is_its_own_target_gets_both_gradients():
+    z = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
+    ours, theirs = (torch.autograd.grad(function(z, z), z)[0] for function in (cross_entropy, F.cross_entropy))
+    assert torch.equal(ours, theirs)
+
+
+def test_bfloat16_with_the_negative_bit_is_read():
+    x = torch.randn(3, 4).bfloat16()
+    assert torch.equal(
+        cross_entropy(torch._neg_view(x), torch.tensor([0, 1, 2])), cross_entropy(-x, torch.tensor([0, 1, 2]))
+    )

@@ -14,9 +14,7 @@ class Tolerance:
     floor: float  # magnitudes that may be flushed to 0
 
 
-# Exponentials under 4 times the smallest normal are 0 (subnormals cost 20 to 40 times as much), and then meet a factor:
-# 1 / rows, or 2 z_loss lse, at most some thousand here.
-_FLUSH = 2.0**14
+_FLUSH = 2.0  # results under the smallest normal are 0: arithmetic on subnormals is 20 to 40 times slower
 # float32 and float64: exp within 1 to 1.5 ulp, its sum, one division, one rounding of the result
 _FLOAT32, _FLOAT64 = 2.0**-23, 2.0**-52
 TOLERANCES = {

@@ -123,10 +123,12 @@ class use_backend:
     """
 
     def __init__(self, name: str | None):
-        self._token: Token | None = _choice.set(None if name is None else _check_name(name, "backend"))
+        self._name = None if name is None else _check_name(name, "backend")
+        self._token: Token | None = _choice.set(self._name)
 
     def __enter__(self) -> None:
-        return None
+        if self._token is None:  # entered again
+            self._token = _choice.set(self._name)
 
     def __exit__(self, *exc) -> None:
         if self._token is not None:

@@ -16,7 +16,8 @@
 
 #ifndef CE_ROWS_COMMON
 #define CE_ROWS_COMMON
-#define CE_MARGIN 4.0
+#define CE_MARGIN 1.0
+#define CE_LEAD 23 /* terms 2^-23 under the smallest normal still count: 152,064 of them may add up to it */
 #define CE_RUN 256 /* elements summed in REAL: on a row of equal logits runs of 1024 lost 4.5 ulp, these lose 1 */
 #define CE_LANES 32 /* partial sums of a tile; a multiple of every vector length, and tiles are padded to it */
 #endif
@@ -47,12 +48,12 @@ static double NAME(element)(const char *row, const ce_array *array, int64_t k)
     return v;
 }
 
-/* m moves to x; what was summed against the old m follows it */
+/* m moves to CE_LEAD ln 2 below x; what was summed against the old m follows it */
 static void NAME(set_reference)(NAME(sums) *s, REAL x)
 {
-    ce_reference m = {0, 0};
+    ce_reference m = {0, -CE_LEAD};
     if (fabs((double)x) < CE_BASE_LIMIT)
-        m.n = (int64_t)rint((double)x * CE_LOG2E);
+        m.n += (int64_t)rint((double)x * CE_LOG2E);
     else
         m.base = x;
     if (s->rest.high != 0) {
@@ -60,17 +61,19 @@ static void NAME(set_reference)(NAME(sums) *s, REAL x)
         s->rest.high *= factor;
         s->rest.low *= factor;
     }
-    ce_add(&s->moment, -ce_total(&s->mass) * ((double)x - (double)s->pivot));
+    if (s->mass.high != 0)
+        ce_add(&s->moment, -ce_total(&s->mass) * ((double)x - (double)s->pivot));
     s->m = m;
     s->pivot = x;
     s->bound = x + (REAL)CE_MARGIN;
     s->exp = NAME(exp_prepare)(m.base, m.n);
 }
 
-/* m - x, exact until the last addition: one of base and n is 0, and n CE_LN2_HI is exact */
+/* (m + CE_LEAD ln 2) - x, exact until the last addition: base or n + CE_LEAD is 0, and that times CE_LN2_HI is exact */
 static double NAME(reference_minus)(const ce_reference *m, double x)
 {
-    return ((m->base - x) + (double)m->n * CE_LN2_HI) + (double)m->n * CE_LN2_LO;
+    double n = (double)(m->n + CE_LEAD);
+    return ((m->base - x) + n * CE_LN2_HI) + n * CE_LN2_LO;
 }
 
 /* Tile [j, j + n) of the row without its target: the row itself where that will do, else buffer, padded with -inf to
@@ -181,7 +184,7 @@ static NAME(sums) NAME(statistics)(const NAME(row) *row, double x_t)
     const ce_job *job = row->job;
     int with_mass = job->off != 0 || row->q;
     REAL buffer[CE_TILE], mass[CE_TILE];
-    NAME(sums) s = {{0, 0}, 0, -(REAL)INFINITY, NAME(exp_prepare)(0, 0), {0, 0}, {0, 0}, {0, 0}, 0};
+    NAME(sums) s = {{0, -CE_LEAD}, 0, -(REAL)INFINITY, NAME(exp_prepare)(0, -CE_LEAD), {0, 0}, {0, 0}, {0, 0}, 0};
     if (row->t >= 0 && isfinite(x_t))
         NAME(set_reference)(&s, (REAL)x_t);
     s.infinite = row->t >= 0 && x_t > 0 && isinf(x_t);
@@ -217,7 +220,7 @@ static ce_row_stats NAME(row_stats)(const NAME(row) *row, const NAME(sums) *s, d
 {
     const ce_job *job = row->job;
     double rest = s->infinite ? NAN : ce_total(&s->rest), moment = ce_total(&s->moment);
-    double log_rest = log(rest);
+    double log_rest = log(ldexp(rest, -CE_LEAD)); /* against m + CE_LEAD ln 2, so that it is small */
     ce_row_stats r = {0};
     r.p_rest = 1;
     r.sum = rest;
@@ -252,12 +255,19 @@ static ce_row_stats NAME(row_stats)(const NAME(row) *row, const NAME(sums) *s, d
 }
 
 /* out_k = factor exp(x_k - m) - scale mass_k; products that would be subnormal become 0 */
-static void NAME(scale_tile)(const REAL *e, REAL *out, int64_t n, REAL factor)
+static void NAME(scale_tile)(const REAL *e, REAL *out, int64_t n, double factor)
 {
-    REAL cut = (REAL)REAL_MIN / (factor < 0 ? -factor : factor);
+    REAL high = (REAL)factor, cut = (REAL)REAL_MIN / (high < 0 ? -high : high);
+#if CE_HAVE_FMA && REAL_IS_FLOAT
+    REAL low = isfinite(high) ? (REAL)(factor - (double)high) : 0; /* or the rounding of factor alone costs half an ulp */
 #pragma GCC ivdep
     for (int64_t k = 0; k < n; k++)
-        out[k] = e[k] < cut ? 0 : e[k] * factor;
+        out[k] = e[k] < cut ? 0 : __builtin_fmaf(e[k], high, e[k] * low);
+#else
+#pragma GCC ivdep
+    for (int64_t k = 0; k < n; k++)
+        out[k] = e[k] < cut ? 0 : e[k] * high;
+#endif
 }
 
 static void NAME(write_gradient)(const NAME(row) *row, const NAME(sums) *s, double a_over_sum, double scale, double g_t)
@@ -277,7 +287,7 @@ static void NAME(write_gradient)(const NAME(row) *row, const NAME(sums) *s, doub
         } else {
             NAME(tile_exp)(NAME(tile)(row, j, n, buffer, &padded), buffer, 1, (n + CE_LANES - 1) & -(int64_t)CE_LANES, s->exp);
         }
-        NAME(scale_tile)(out, out, n, (REAL)factor);
+        NAME(scale_tile)(out, out, n, factor);
         if (with_mass) {
             NAME(mass_tile)(row, j, n, n, mass);
             for (int64_t k = 0; k < n; k++)
