@@ -37,3 +37,13 @@ def test_readme_examples_run(block):
 def test_readme_has_an_example_for_each_adapter():
     text = "\n".join(blocks())
     assert all(name in text for name in ("import ce_fast as ce", "ce_fast.adapters.sklearn", "ce_fast.adapters.torch"))
+
+
+def test_readme_shows_every_workload_and_every_dtype_that_the_commands_measure():
+    from accuracy import DTYPES
+
+    from ce_fast import bench
+
+    text = README.read_text()
+    assert all(f"| {work.work} {list(work.shape)} |" in text for work in bench.WORKLOADS)
+    assert all(f"| {name} | loss |" in text for name in DTYPES)
