@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from accuracy import DTYPES
+from ce_fast import bench
+
 README = Path(__file__).resolve().parents[1] / "README.md"
 MODULES = [
     "ce_fast", "ce_fast.backends", "ce_fast.bench", "ce_fast.config", "ce_fast.losses",
@@ -40,10 +43,6 @@ def test_readme_has_an_example_for_each_adapter():
 
 
 def test_readme_shows_every_workload_and_every_dtype_that_the_commands_measure():
-    from accuracy import DTYPES
-
-    from ce_fast import bench
-
     text = README.read_text()
     assert all(f"| {work.work} {list(work.shape)} |" in text for work in bench.WORKLOADS)
     assert all(f"| {name} | loss |" in text for name in DTYPES)
