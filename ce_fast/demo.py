@@ -13,12 +13,12 @@ from functools import partial
 import numpy as np
 
 import ce_fast
-from ce_fast import bench
+from ce_fast import bench, workloads
 
 
 def missing(*modules: str) -> bool:
     """Whether one of `modules` is not installed; if so, print what to install."""
-    absent = [name for name in modules if not bench.installed(name)]
+    absent = [name for name in modules if not workloads.installed(name)]
     if absent:
         print(f"skipped, for {' and '.join(absent)} cannot be imported: pip install 'ce_fast[demo]'")
     return bool(absent)
@@ -79,7 +79,7 @@ def grid_search(n_samples: int | None = None, folds: int = 5) -> Search | None:
     print(f"same choice: {found.choices[0] == found.choices[1]}; largest difference of a score: {found.difference:.1e}")
 
     probabilities = searches[0].predict_proba(features)
-    calls: bench.Calls = {
+    calls: workloads.Calls = {
         "ce_fast": partial(adapter.log_loss, labels, probabilities),
         "scikit-learn": partial(log_loss, labels, probabilities),
     }
@@ -152,10 +152,10 @@ def evaluate(n_rows: int = 4096, n_classes: int = 50257) -> Evaluation | None:
     exact, accuracy = by_blocks(logits, target)
     print(f"bfloat16 logits {list(logits.shape)}, {logits.nbytes / bench.MIB:.0f} MiB; accuracy {accuracy:.4f}")
     calls = {"ce_fast": lambda: ce_fast.perplexity(logits, target)}
-    if bench.installed("torch"):
+    if workloads.installed("torch"):
         import torch
 
-        x, y = bench.as_tensor(logits), torch.from_numpy(target)
+        x, y = workloads.as_tensor(logits), torch.from_numpy(target)
         cross_entropy = torch.nn.functional.cross_entropy
         calls["torch, bfloat16"] = lambda: cross_entropy(x, y).double().exp().item()
         calls["torch, logits.float()"] = lambda: cross_entropy(x.float(), y).double().exp().item()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ce_fast import bench, demo
+from ce_fast import bench, demo, workloads
 
 TINY = {2: (44, 11), 4: (2, 5, 4, 3)}  # by the number of dimensions; rows enough for every label to occur
 TOLERANCE = {"bfloat16": 1e-2}  # torch's log-softmax is bfloat16 there; all else is float32 or float64
@@ -18,7 +18,7 @@ ASV = Path(__file__).parents[1] / "asv_bench"
 
 def tiny_calls(workload):
     calls = workload.setup(TINY[len(workload.shape)], 1)
-    if bench.OURS not in calls:
+    if workloads.OURS not in calls:
         pytest.skip("what it needs is not installed")
     return calls
 
@@ -31,18 +31,18 @@ def parts(result):
 
 
 def row(ours=1.0, peer=4.0, at_least=3.0):
-    return bench.Row("forward", "forward [2, 5]", (2, 5), bench.TORCH, ours, peer, at_least, 8.0)
+    return bench.Row("forward", "forward [2, 5]", (2, 5), workloads.TORCH, ours, peer, at_least, 8.0)
 
 
 def report(*rows, memory=None):
     return bench.Report(rows, memory, bench.machine())
 
 
-@pytest.mark.parametrize("workload", bench.WORKLOADS, ids=lambda w: w.name)
+@pytest.mark.parametrize("workload", workloads.WORKLOADS, ids=lambda w: w.name)
 def test_ours_and_every_peer_compute_the_same(workload):
     calls = tiny_calls(workload)
-    calls.pop(bench.READ, None)
-    ours, *others = [parts(call()) for call in (calls.pop(bench.OURS), *calls.values())]
+    calls.pop(workloads.READ, None)
+    ours, *others = [parts(call()) for call in (calls.pop(workloads.OURS), *calls.values())]
     assert np.isfinite(ours[0]).all() and np.all(ours[0] > 0)
     for other in others:
         assert len(other) == len(ours)
@@ -51,52 +51,54 @@ def test_ours_and_every_peer_compute_the_same(workload):
             np.testing.assert_allclose(theirs, mine, rtol=rtol, atol=rtol * np.abs(mine).max())
 
 
-@pytest.mark.parametrize("workload", bench.WORKLOADS, ids=lambda w: w.name)
+@pytest.mark.parametrize("workload", workloads.WORKLOADS, ids=lambda w: w.name)
 def test_a_workload_offers_every_peer_it_names_that_is_installed(workload):
     calls = tiny_calls(workload)
-    module = {bench.TORCH: "torch", bench.SKLEARN: "sklearn", bench.JAX: "jax", bench.READ: "numpy"}
-    assert {peer.name for peer in workload.peers if bench.installed(module[peer.name])} <= set(calls)
+    module = {workloads.TORCH: "torch", workloads.SKLEARN: "sklearn", workloads.JAX: "jax", workloads.READ: "numpy"}
+    assert {peer.name for peer in workload.peers if workloads.installed(module[peer.name])} <= set(calls)
 
 
 def test_reading_once_looks_at_every_logit():
-    calls = bench.FORWARD.setup((44, 11), 1)
-    assert float(calls[bench.READ]()) == bench.make_logits((44, 11))[0].max()
+    calls = workloads.FORWARD.setup((44, 11), 1)
+    assert float(calls[workloads.READ]()) == workloads.make_logits((44, 11))[0].max()
 
 
 def test_names_are_unique_and_quick_keeps_the_columns():
-    assert len(bench.BY_NAME) == len(bench.WORKLOADS)
-    assert bench.MEMORY not in bench.BY_NAME
-    for workload in bench.WORKLOADS:
+    assert len(workloads.BY_NAME) == len(workloads.WORKLOADS)
+    assert bench.MEMORY not in workloads.BY_NAME
+    for workload in workloads.WORKLOADS:
         assert workload.quick_shape[1:] == workload.shape[1:]
         assert workload.quick_shape[0] <= workload.shape[0]
 
 
 def test_the_input_is_the_same_at_every_call():
-    for made in zip(bench.make_logits((5, 7)), bench.make_logits((5, 7)), strict=True):
+    for made in zip(workloads.make_logits((5, 7)), workloads.make_logits((5, 7)), strict=True):
         np.testing.assert_array_equal(*made)
 
 
 def test_measure_gives_one_row_for_each_peer():
-    rows = bench.measure(bench.FORWARD, (8, 11), repeats=2)
-    assert [row.peer for row in rows] == [peer.name for peer in bench.FORWARD.peers]
+    rows = bench.measure(workloads.FORWARD, (8, 11), repeats=2)
+    assert [row.peer for row in rows] == [peer.name for peer in workloads.FORWARD.peers]
     for row in rows:
         assert row.ours_seconds > 0 and row.work == "forward float32 [8, 11]"
         assert row.peer_seconds is None or row.ratio == row.peer_seconds / row.ours_seconds
 
 
 def test_a_peer_that_is_not_installed_gives_a_dash_and_no_verdict(monkeypatch):
-    monkeypatch.setattr(bench, "installed", lambda module: False)
-    rows = [row for w in bench.WORKLOADS for row in bench.measure(w, TINY[len(w.shape)], repeats=1)]
+    monkeypatch.setattr(workloads, "installed", lambda module: False)
+    rows = [row for w in workloads.WORKLOADS for row in bench.measure(w, TINY[len(w.shape)], repeats=1)]
     assert {row.peer: row.ratio is None for row in rows} == {
-        bench.TORCH: True,
-        bench.SKLEARN: True,
-        bench.JAX: True,
-        bench.READ: False,
+        workloads.TORCH: True,
+        workloads.SKLEARN: True,
+        workloads.JAX: True,
+        workloads.READ: False,
     }
     made = report(*rows)
-    assert all(peer in made.text() and peer in made.markdown() for peer in (bench.TORCH, bench.SKLEARN, bench.JAX))
-    assert all(row.met is None for row in rows if row.peer != bench.READ)
-    assert len(made.unmeasured()) == sum(row.at_least is not None and row.peer != bench.READ for row in rows)
+    assert all(
+        peer in made.text() and peer in made.markdown() for peer in (workloads.TORCH, workloads.SKLEARN, workloads.JAX)
+    )
+    assert all(row.met is None for row in rows if row.peer != workloads.READ)
+    assert len(made.unmeasured()) == sum(row.at_least is not None and row.peer != workloads.READ for row in rows)
 
 
 def test_every_call_takes_its_turn_in_every_round():
@@ -122,12 +124,12 @@ def test_a_bar_is_met_from_its_value_on():
 
 
 def test_the_report_shows_what_was_measured():
-    memory = bench.Memory("forward [2, 5]", {bench.OURS: 2 * bench.MIB, bench.TORCH: None})
+    memory = bench.Memory("forward [2, 5]", {workloads.OURS: 2 * bench.MIB, workloads.TORCH: None})
     made = report(row(), row(peer=2.0), memory=memory)
     text = made.text()
     assert "4.00x" in text and "2.00x" in text and "1.0e+08" not in text
     assert text.count("MISSED") == len(made.missed()) == 2
-    assert f"{bench.OURS} 2.00 MiB, {bench.TORCH} -" in text
+    assert f"{workloads.OURS} 2.00 MiB, {workloads.TORCH} -" in text
     assert made.machine["cpu"] in text and f"numpy {np.__version__}" in text
     lines = made.markdown().splitlines()
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
@@ -156,7 +158,7 @@ def test_the_command_says_what_it_expects(argv, capsys):
 def test_the_command_measures_what_is_named(capsys):
     assert bench.main(["small", "--repeats", "1"]) == 0
     out = capsys.readouterr().out
-    assert bench.BY_NAME["small"].work in out and bench.FORWARD.work not in out
+    assert workloads.BY_NAME["small"].work in out and workloads.FORWARD.work not in out
 
 
 def test_the_memory_measurement_sees_an_allocation_of_the_logits_size():
@@ -182,11 +184,11 @@ def test_memory_that_malloc_kept_hides_nothing():
 def test_the_memory_of_a_forward_pass_is_measured_in_a_fresh_process():
     shape = (256, 50257)
     memory = bench.measure_memory(shape)
-    if memory.growth[bench.OURS] is None:
+    if memory.growth[workloads.OURS] is None:
         pytest.skip("no /proc/self/status")
     assert memory.met
-    if bench.TORCH in memory.growth:  # torch makes a log-softmax of the logits' size
-        assert memory.growth[bench.TORCH] > 0.9 * 4 * np.prod(shape)
+    if workloads.TORCH in memory.growth:  # torch makes a log-softmax of the logits' size
+        assert memory.growth[workloads.TORCH] > 0.9 * 4 * np.prod(shape)
 
 
 def test_demo_both_scorers_choose_the_same(capsys):
@@ -226,12 +228,12 @@ def test_demo_runs_every_section(monkeypatch, capsys):
     monkeypatch.setattr(demo, "SECTIONS", {"One": partial(demo.ratios, ["small"]), "Two": lambda: print("seen")})
     assert demo.main() == 0
     out = capsys.readouterr().out
-    assert "1. One" in out and bench.BY_NAME["small"].work in out and "2. Two" in out and "seen" in out
+    assert "1. One" in out and workloads.BY_NAME["small"].work in out and "2. Two" in out and "seen" in out
 
 
 @pytest.mark.parametrize("section", [demo.grid_search, demo.evaluate, demo.train])
 def test_demo_says_what_to_install(monkeypatch, capsys, section):
-    monkeypatch.setattr(bench, "installed", lambda module: False)
+    monkeypatch.setattr(workloads, "installed", lambda module: False)
     assert section() is None
     assert "pip install" in capsys.readouterr().out
 
@@ -247,22 +249,22 @@ def asv_suite(monkeypatch):
 
 def test_the_asv_suite_has_a_ratio_for_every_workload_and_peer(asv_suite):
     pairs = asv_suite["ratios"].PAIRS.values()
-    assert [(w.name, peer) for w, peer in pairs] == [(w.name, p.name) for w in bench.WORKLOADS for p in w.peers]
+    assert [(w.name, peer) for w, peer in pairs] == [(w.name, p.name) for w in workloads.WORKLOADS for p in w.peers]
 
 
 def test_the_asv_ratio_is_a_number(asv_suite):
     pytest.importorskip("torch")
-    ratio, pair = asv_suite["ratios"].Ratio(), f"small / {bench.TORCH}"
+    ratio, pair = asv_suite["ratios"].Ratio(), f"small / {workloads.TORCH}"
     ratio.setup(pair)
     assert ratio.track_ratio(pair) > 0
 
 
 def test_the_asv_suite_skips_hosts_that_are_not_installed(asv_suite, monkeypatch):
-    monkeypatch.setattr(bench, "installed", lambda module: False)
+    monkeypatch.setattr(workloads, "installed", lambda module: False)
     for module, name, parameters in [
         ("autograd", "Backward", ("256x50257", "float32", "torch")),
-        ("memory", "Growth", (bench.TORCH,)),
-        ("ratios", "Ratio", (f"small / {bench.TORCH}",)),
+        ("memory", "Growth", (workloads.TORCH,)),
+        ("ratios", "Ratio", (f"small / {workloads.TORCH}",)),
         ("scorers", "LogLoss", ("1000x3", "sklearn")),
         ("scorers", "GridSearch", ("sklearn",)),
         ("small", "SmallTorch", ("torch",)),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from accuracy import DTYPES
-from ce_fast import bench
+from ce_fast import workloads
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 MODULES = [
@@ -44,5 +44,5 @@ def test_readme_has_an_example_for_each_adapter():
 
 def test_readme_shows_every_workload_and_every_dtype_that_the_commands_measure():
     text = README.read_text()
-    assert all(f"| {work.work} {list(work.shape)} |" in text for work in bench.WORKLOADS)
+    assert all(f"| {work.work} {list(work.shape)} |" in text for work in workloads.WORKLOADS)
     assert all(f"| {name} | loss |" in text for name in DTYPES)

@@ -1,6 +1,6 @@
 """Loss and backward through torch: ours and torch's own, with as many threads."""
 
-from ce_fast import bench
+from ce_fast import bench, workloads
 
 
 class Backward:
@@ -8,7 +8,7 @@ class Backward:
     param_names = ("shape", "dtype", "who")
 
     def setup(self, shape, dtype, who):
-        if not (bench.installed("torch") and bench.installed("ml_dtypes")):
+        if not (workloads.installed("torch") and workloads.installed("ml_dtypes")):
             raise NotImplementedError("torch or ml_dtypes is not installed")
         import torch
 
@@ -17,9 +17,9 @@ class Backward:
         else:
             from torch.nn.functional import cross_entropy
         torch.set_num_threads(bench.thread_count())
-        logits, target = bench.make_logits(tuple(map(int, shape.split("x"))), dtype)
+        logits, target = workloads.make_logits(tuple(map(int, shape.split("x"))), dtype)
         self.cross_entropy = cross_entropy
-        self.input, self.target = bench.as_tensor(logits).requires_grad_(), torch.from_numpy(target)
+        self.input, self.target = workloads.as_tensor(logits).requires_grad_(), torch.from_numpy(target)
 
     def time_loss_and_backward(self, shape, dtype, who):
         self.input.grad = None

@@ -3,7 +3,7 @@
 import numpy as np
 
 import ce_fast
-from ce_fast import bench
+from ce_fast import bench, workloads
 
 SHAPES = {
     "256x50257": ((256, 50257), None),
@@ -16,9 +16,9 @@ LONG = (256, 50257)
 
 
 def _logits(shape, dtype="float32", class_axis=-1):
-    if dtype == "bfloat16" and not bench.installed("ml_dtypes"):
+    if dtype == "bfloat16" and not workloads.installed("ml_dtypes"):
         raise NotImplementedError("ml_dtypes is not installed")
-    return bench.make_logits(shape, dtype, class_axis)
+    return workloads.make_logits(shape, dtype, class_axis)
 
 
 class Shapes:

@@ -3,7 +3,7 @@
 import numpy as np
 
 import ce_fast
-from ce_fast import bench
+from ce_fast import bench, workloads
 
 
 class Peak:
@@ -13,7 +13,7 @@ class Peak:
     param_names = ("work",)
 
     def setup(self, work):
-        self.logits, self.target = bench.make_logits((1024, 50257))
+        self.logits, self.target = workloads.make_logits((1024, 50257))
 
     def peakmem_float32(self, work):
         if work == "input alone":
@@ -26,12 +26,12 @@ class Peak:
 
 
 class Growth:
-    params = (bench.OURS, bench.TORCH)
+    params = (workloads.OURS, workloads.TORCH)
     param_names = ("who",)
     unit = "bytes"
 
     def setup(self, who):
-        if who == bench.TORCH and not bench.installed("torch"):
+        if who == workloads.TORCH and not workloads.installed("torch"):
             raise NotImplementedError("torch is not installed")
 
     def track_forward_growth(self, who):

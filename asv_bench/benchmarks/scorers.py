@@ -1,10 +1,10 @@
 """scikit-learn: log_loss, and the scorer in a grid search; ours and scikit-learn's own."""
 
-from ce_fast import bench
+from ce_fast import workloads
 
 
 def _need_sklearn():
-    if not bench.installed("sklearn"):
+    if not workloads.installed("sklearn"):
         raise NotImplementedError("scikit-learn is not installed")
 
 
@@ -19,7 +19,7 @@ class LogLoss:
         else:
             from sklearn.metrics import log_loss
         self.log_loss = log_loss
-        self.probabilities, self.labels = bench.make_probabilities(tuple(map(int, shape.split("x"))))
+        self.probabilities, self.labels = workloads.make_probabilities(tuple(map(int, shape.split("x"))))
         self.names = self.labels.astype(str)
 
     def time_int_labels(self, shape, who):

@@ -3,12 +3,12 @@
 import numpy as np
 
 import ce_fast
-from ce_fast import bench
+from ce_fast import workloads
 
 
 class Small:
     def setup(self):
-        self.logits, self.target = bench.make_logits((32, 10))
+        self.logits, self.target = workloads.make_logits((32, 10))
         self.loss = ce_fast.CrossEntropyLoss()
         self.grad = np.empty_like(self.logits)
 
@@ -27,7 +27,7 @@ class SmallTorch:
     param_names = ("who",)
 
     def setup(self, who):
-        if not bench.installed("torch"):
+        if not workloads.installed("torch"):
             raise NotImplementedError("torch is not installed")
         import torch
 
@@ -35,7 +35,7 @@ class SmallTorch:
             from ce_fast.adapters.torch import cross_entropy
         else:
             from torch.nn.functional import cross_entropy
-        logits, target = bench.make_logits((32, 10))
+        logits, target = workloads.make_logits((32, 10))
         self.cross_entropy = cross_entropy
         self.input, self.target = torch.from_numpy(logits), torch.from_numpy(target)
         self.leaf = self.input.clone().requires_grad_()

@@ -1,0 +1,237 @@
+"""The workloads of the ratio table: what ours and its peers do on the same input. Each is defined once, here."""
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+import ce_fast
+from ce_fast.threads import SERIAL_LOGITS
+
+OURS = "ce_fast"
+TORCH, SKLEARN, JAX, READ = "torch eager", "scikit-learn", "jax jit", "read once (amax)"
+
+Shape = tuple[int, ...]
+Call = Callable[[], object]
+Calls = dict[str, Call]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Whom to measure against. Bar and goal are of the ratio peer / ours; None where there is none."""
+
+    name: str
+    at_least: float | None = None
+    goal: float | None = None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One piece of work that ours and its peers do on the same input.
+
+    `setup(shape, n_threads)` makes the input and returns a callable by name for whatever is installed: `OURS` and
+    the peers. Calls that compute (all but `READ`) return the same value, or (value, gradient).
+    """
+
+    name: str
+    work: str
+    shape: Shape
+    setup: Callable[[Shape, int], Calls]
+    peers: tuple[Peer, ...]
+
+    @property
+    def quick_shape(self) -> Shape:
+        """A quarter of the rows, and all the columns; a small call stays as it is."""
+        rows, *rest = self.shape
+        return (max(1, rows // 4), *rest) if math.prod(self.shape) >= SERIAL_LOGITS else self.shape
+
+
+def installed(module: str) -> bool:
+    """Whether `module` could be imported; imports nothing."""
+    return importlib.util.find_spec(module) is not None
+
+
+def make_logits(shape: Shape, dtype: str = "float32", class_axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
+    """Random logits and class indices, the same at every call.
+
+    Parameters
+    ----------
+    shape : tuple of int
+    dtype : {"float32", "float64", "bfloat16"}
+        bfloat16 needs `ml_dtypes`.
+    class_axis : int
+
+    Returns
+    -------
+    logits : ndarray of shape `shape`
+        Normal, of standard deviation 3.
+    target : int64 ndarray of shape `shape` without the class axis
+    """
+    rng = np.random.default_rng(0)
+    drawn = np.float64 if dtype == "float64" else np.float32
+    logits = rng.standard_normal(shape, dtype=drawn)
+    logits *= 3
+    rows = list(shape)
+    target = rng.integers(rows.pop(class_axis), size=rows)
+    if dtype != "bfloat16":
+        return logits, target
+    import ml_dtypes
+
+    return logits.astype(ml_dtypes.bfloat16), target
+
+
+def as_tensor(array: np.ndarray):
+    """A torch tensor that shares the memory of `array`; torch.from_numpy does not know bfloat16."""
+    import torch
+
+    if array.dtype.name != "bfloat16":
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+
+
+def _read(logits: np.ndarray) -> Call:
+    """Read an array once; NumPy's own maximum has one thread."""
+    if not installed("torch"):
+        return partial(np.max, logits)
+    import torch
+
+    return partial(torch.amax, as_tensor(logits))
+
+
+def _jax(logits: np.ndarray, target: np.ndarray, gradient: bool = False) -> Call:
+    import jax
+
+    def loss(x, y):
+        picked = jax.numpy.take_along_axis(x, y[:, None], axis=1)[:, 0]
+        return (jax.nn.logsumexp(x, axis=1) - picked).mean()
+
+    compiled = jax.jit(jax.value_and_grad(loss) if gradient else loss)
+    x, y = jax.numpy.asarray(logits), jax.numpy.asarray(target)
+    return lambda: jax.block_until_ready(compiled(x, y))
+
+
+def _forward(shape: Shape, n_threads: int, *, dtype="float32", class_axis=None, backend=None, **options) -> Calls:
+    if (dtype == "bfloat16" and not installed("ml_dtypes")) or (backend is not None and not installed(backend)):
+        return {}
+    logits, target = make_logits(shape, dtype, -1 if class_axis is None else class_axis)
+
+    def ours():
+        if backend is None:
+            return ce_fast.cross_entropy(logits, target, class_axis=class_axis, **options)
+        with ce_fast.use_backend(backend):
+            return ce_fast.cross_entropy(logits, target, class_axis=class_axis, **options)
+
+    calls: Calls = {OURS: ours, READ: _read(logits)}
+    if installed("torch"):
+        import torch
+
+        cross_entropy = torch.nn.functional.cross_entropy
+        calls[TORCH] = partial(cross_entropy, as_tensor(logits), torch.from_numpy(target), **options)
+    if installed("jax") and logits.ndim == 2 and not options:
+        calls[JAX] = _jax(logits, target)
+    return calls
+
+
+def _torch_step(function, logits: np.ndarray, target: np.ndarray) -> Call:
+    """Loss and backward, as a training step does them: on a leaf of its own, whose last gradient it frees."""
+    import torch
+
+    x, y = torch.from_numpy(logits).requires_grad_(), torch.from_numpy(target)
+
+    def step():
+        x.grad = None
+        loss = function(x, y)
+        loss.backward()
+        return loss.detach(), x.grad
+
+    return step
+
+
+def _gradient(shape: Shape, n_threads: int) -> Calls:
+    logits, target = make_logits(shape)
+    calls: Calls = {OURS: partial(ce_fast.CrossEntropyLoss().value_and_grad, logits, target)}
+    if installed("torch"):
+        import torch
+
+        calls[TORCH] = _torch_step(torch.nn.functional.cross_entropy, logits, target)
+    if installed("jax"):
+        calls[JAX] = _jax(logits, target, gradient=True)
+    return calls
+
+
+def _autograd(shape: Shape, n_threads: int) -> Calls:
+    if not installed("torch"):
+        return {}
+    import torch
+
+    from ce_fast.adapters import torch as adapter
+
+    logits, target = make_logits(shape)
+    return {
+        OURS: _torch_step(adapter.cross_entropy, logits, target),
+        TORCH: _torch_step(torch.nn.functional.cross_entropy, logits, target),
+    }
+
+
+def make_probabilities(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """(probabilities, labels): float64 rows that sum to 1, and labels of which every class has some."""
+    rng = np.random.default_rng(0)
+    probabilities = rng.random(shape)
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    return probabilities, rng.permutation(shape[0]) % shape[1]
+
+
+def _log_loss(shape: Shape, n_threads: int) -> Calls:
+    if not installed("sklearn"):
+        return {}
+    from sklearn.metrics import log_loss
+
+    from ce_fast.adapters import sklearn as adapter
+
+    probabilities, labels = make_probabilities(shape)
+    return {OURS: partial(adapter.log_loss, labels, probabilities), SKLEARN: partial(log_loss, labels, probabilities)}
+
+
+def _multinomial(shape: Shape, n_threads: int) -> Calls:
+    logits, target = make_logits(shape, "float64")
+    calls: Calls = {OURS: partial(ce_fast.CrossEntropyLoss(reduction="none").value_and_grad, logits, target)}
+    if not installed("sklearn"):
+        return calls
+    try:  # it is private: another release may have renamed or changed it
+        from sklearn._loss.loss import HalfMultinomialLoss
+
+        loss_gradient = HalfMultinomialLoss(n_classes=shape[1]).loss_gradient
+        loss_gradient(y_true=target[:1].astype(float), raw_prediction=logits[:1].copy(), n_threads=n_threads)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return calls
+    y_true = target.astype(float)
+    calls[SKLEARN] = partial(loss_gradient, y_true=y_true, raw_prediction=logits, n_threads=n_threads)
+    return calls
+
+
+LONG, SHORT, PIXELS = (1024, 50257), (1_000_000, 10), (8, 21, 512, 512)
+FORWARD = Workload(
+    "forward",
+    "forward float32",
+    LONG,
+    _forward,
+    (Peer(TORCH, 4, 10), Peer(READ), Peer(JAX)),
+)
+WORKLOADS = (
+    FORWARD,
+    Workload("bfloat16", "forward bfloat16", LONG, partial(_forward, dtype="bfloat16"), (Peer(TORCH, 3, 6),)),
+    Workload("smoothing", "forward, label smoothing", LONG, partial(_forward, label_smoothing=0.1), (Peer(TORCH),)),
+    Workload("numba", "forward, Numba backend", LONG, partial(_forward, backend="numba"), (Peer(TORCH),)),
+    Workload("autograd", "torch: loss and backward", LONG, _autograd, (Peer(TORCH, 5, 15),)),
+    Workload("ten", "forward, 10 classes", SHORT, _forward, (Peer(TORCH),)),
+    Workload("ten-gradient", "loss and gradient, 10 classes", SHORT, _gradient, (Peer(TORCH), Peer(JAX))),
+    Workload("two", "forward, 2 classes", (1_000_000, 2), _forward, (Peer(TORCH),)),
+    Workload("pixels", "forward, class axis 1", PIXELS, partial(_forward, class_axis=1), (Peer(TORCH),)),
+    Workload("log-loss", "log_loss, float64", SHORT, _log_loss, (Peer(SKLEARN),)),
+    Workload("multinomial", "loss and gradient, float64", (100_000, 100), _multinomial, (Peer(SKLEARN),)),
+    Workload("small", "one small call, one thread", (32, 10), _forward, (Peer(TORCH),)),
+)
+BY_NAME = {workload.name: workload for workload in WORKLOADS}
