@@ -155,7 +155,7 @@ def as_row_values(value, logits: Logits, name: str) -> np.ndarray | None:
         raise TypeError(f"{name} has dtype {array.dtype}; expected a real or boolean dtype")
     if array.shape != logits.outer_shape:
         raise ValueError(f"{name} has shape {array.shape}; expected {logits.outer_shape}, one value a row of logits")
-    return np.ascontiguousarray(array, np.float64).reshape(-1)
+    return np.ascontiguousarray(_readable(array), np.float64).reshape(-1)
 
 
 def _first_bad(array: np.ndarray, good: np.ndarray, shape: tuple[int, ...]) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import ce_fast as ce
+from ce_fast import inputs
 
 LOSS = ce.CrossEntropyLoss(reduction="none", label_smoothing=0.1)
 INTEGERS = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
@@ -62,6 +63,16 @@ def test_layout_changes_no_bit(backend, dtype, layout, shape, axis, rng):
         other = loss.value_and_grad(change(logits), moved, change(sample_weight))
         np.testing.assert_array_equal(plain[0], other[0])
         np.testing.assert_array_equal(plain[1].astype(float), np.asarray(other[1]).astype(float))
+
+
+def test_kernels_get_aligned_native_arrays_only(rng):
+    """A misaligned load is undefined behaviour, also where the CPU forgives it."""
+    given, target, q, weight = rng.standard_normal((4, 3)), np.arange(4) % 3, rng.random((4, 3)), rng.random(4)
+    for change in (LAYOUTS["misaligned"], LAYOUTS["byte-swapped"]):
+        logits = inputs.as_logits(change(given), None)
+        made = [logits.rows, inputs.as_targets(change(target), logits)[0], inputs.as_targets(change(q), logits)[1]]
+        made += [inputs.as_sample_weight(change(weight), logits), inputs.as_class_weight(change(weight))]
+        assert all(array.flags.aligned and array.dtype.isnative for array in made)
 
 
 @pytest.mark.parametrize("layout", ["fortran", "negative strides", "every third", "misaligned", "byte-swapped"])
