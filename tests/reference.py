@@ -13,7 +13,9 @@ WIDE = np.longdouble
 @dataclass
 class Result:
     rows: np.ndarray  # (outer...) loss of each row
-    row_terms: np.ndarray  # (outer...) what its error is measured by: the loss, and the mass off the heaviest class
+    row_terms: (
+        np.ndarray
+    )  # (outer...) what its error is measured by: the loss, the mass off the heaviest class, lse's terms
     divisor: float  # of the mean; 1 for other reductions
     grad: np.ndarray  # logits' shape, of the reduced loss
     terms: np.ndarray  # logits' shape: what its error is measured by, the larger of a p_k and mass_k
@@ -104,11 +106,14 @@ def cross_entropy(
     # p_k total - mass_k, with 1 - p_k in place of p_k where mass_k is most of the total
     off_heaviest = np.where(heaviest, 0, mass).sum(-1, keepdims=True)
     others = np.where(heaviest, off_heaviest, total[..., None] - mass)
-    row_terms = np.where(counts, rows + s * off_heaviest[..., 0], 0)
+    top = x.max(-1)
+    lse_terms = np.abs(top) + np.abs(lse - top)  # lse is their sum, and may be near 0 where they are not
+    slope = WIDE(z_loss) * np.abs(row_weight)
+    row_terms = np.where(counts, rows + s * (off_heaviest[..., 0] + 2 * slope * np.abs(lse) * lse_terms), 0)
     direct = total[..., None] * p - mass
     turned = others - total[..., None] * rest
     grad = np.where(mass > others, turned, direct) + 2 * z[..., None] * p
-    magnitude = (total + 2 * np.abs(z))[..., None]
+    magnitude = (total + 2 * slope * lse_terms)[..., None]
     careful = np.maximum(magnitude * np.minimum(p, rest), np.minimum(mass, np.abs(others)))
     terms = np.where(heaviest, careful, np.maximum(magnitude * p, mass))
     divisor = WIDE(1)

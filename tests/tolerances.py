@@ -37,11 +37,8 @@ def assert_loss_close(actual, expected, dtype, terms=None):
     assert (error <= bound).all(), f"loss off by {float((error / bound).max()) * tol.loss_ulp:.3g} ulp"
 
 
-def assert_grad_close(actual, expected, terms, dtype, z_loss=False):
-    """Elements within grad_ulp of the largest of their terms, and half a unit of a 16-bit dtype; NaN where NaN.
-
-    With a z-loss one ulp more: its slope 2 z_loss w lse has three roundings of its own.
-    """
+def assert_grad_close(actual, expected, terms, dtype):
+    """Elements within grad_ulp of the largest of their terms, and half a unit of a 16-bit dtype; NaN where NaN."""
     tol = TOLERANCES[np.dtype(dtype).name]
     actual, expected = np.asarray(actual).astype(np.longdouble), np.asarray(expected, np.longdouble)
     assert actual.shape == expected.shape
@@ -49,5 +46,5 @@ def assert_grad_close(actual, expected, terms, dtype, z_loss=False):
     np.testing.assert_array_equal(np.isnan(actual), nan)
     error = np.abs(actual - expected)[~nan]
     magnitude = np.maximum(np.asarray(terms, np.longdouble), np.abs(expected))[~nan]
-    bound = (tol.grad_ulp + z_loss) * tol.eps * magnitude + 0.5 * tol.storage_eps * magnitude + tol.floor
+    bound = tol.grad_ulp * tol.eps * magnitude + 0.5 * tol.storage_eps * magnitude + tol.floor
     assert (error <= bound).all(), f"gradient off by {float((error / bound).max()):.3g} of its bound"
