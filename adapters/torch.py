@@ -1,193 +1,53 @@
-"""PyTorch: `cross_entropy` and `CrossEntropyLoss` as torch has them, on CPU tensors, loss and gradient in one pass.
+"""PyTorch: the losses as torch and torchvision have them, on CPU tensors, loss and gradient in one pass.
 
-What the kernels do not do (other devices, `torch.compile`, `torch.func`, tensor subclasses, targets or weights that
-need a gradient) goes to `torch.nn.functional.cross_entropy`. `torch.get_num_threads()` is obeyed and never set.
+What the kernels do not see (other devices, `torch.compile`, `torch.func`, tensor subclasses, targets or weights that
+need a gradient) goes to torch's own function, and where torch has none, or an option of ours is in use, to the loss's
+formula in torch's operations. `torch.get_num_threads()` is obeyed and never set.
+
+Losses over classes take (C), (N, C) or (N, C, d1, ..., dK), as `torch.nn.functional.cross_entropy` does. Results and
+gradients have the dtypes that torch gives; 16-bit tensors are computed in float32 and rounded once.
 """
 
-import functools
+import inspect
+import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar
 
-import ml_dtypes
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import _reduction as _Reduction
-from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-import ce_fast
-from ce_fast import reduction as reductions
-from ce_fast import threads
+from ce_fast.adapters import torch_autograd as autograd
 
-__all__ = ["CrossEntropyLoss", "cross_entropy"]
+__all__ = [
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "DistillationLoss",
+    "FocalLoss",
+    "GeneralizedCrossEntropyLoss",
+    "KLDivLoss",
+    "KLDivWithLogitsLoss",
+    "NLLLoss",
+    "PolyLoss",
+    "SigmoidFocalLoss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "distillation_loss",
+    "focal_loss",
+    "generalized_cross_entropy",
+    "kl_div",
+    "kl_div_with_logits",
+    "nll_loss",
+    "poly_loss",
+    "sigmoid_focal_loss",
+]
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-class _Loss(ce_fast.CrossEntropyLoss):
-    """Torch allows negative class weights."""
-
-    _negative_weight: ClassVar[bool] = True
-
-
-def _make_loss(weight, ignore_index, reduction, label_smoothing, z_loss, smoothing, denominator, axis, n_threads):
-    reduction = ("none", "mean", "sum")[_Reduction.get_enum(reduction)]  # which knows an old name of the mean
-    return _Loss(
-        None if weight is None else _array(weight),
-        ignore_index,
-        reduction,
-        label_smoothing,
-        smoothing=smoothing,
-        z_loss=z_loss,
-        denominator=denominator,
-        class_axis=axis,
-        n_threads=n_threads,
-    )
+# ------------------------------------------------------------------------------------------ losses over classes
 
 
-_make_loss_once = functools.lru_cache(maxsize=128, typed=True)(_make_loss)  # a training loop's options stay the same
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    """The tensor's own memory as an array, whatever its strides."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.detach().resolve_neg().view(torch.int16).numpy().view(_BFLOAT16)
-    return tensor.numpy(force=True)  # force: of a tensor that needs a gradient too
-
-
-def _gradient_tensor(array: np.ndarray) -> Tensor:
-    """The array's own memory. NumPy allocates in huge pages: 25 ms less for [1024, 50257] than `torch.empty_like`."""
-    if array.dtype == _BFLOAT16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def _arrays(input: Tensor, target: Tensor, sample_weight: Tensor | None) -> tuple:
-    return _array(input), _array(target), None if sample_weight is None else _array(sample_weight)
-
-
-def _class_axis(input: Tensor) -> int:
-    return 1 if input.ndim > 1 else 0
-
-
-def _tensor(value: float | np.ndarray, dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(np.asarray(value)).to(dtype)
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """The loss as a node of the autograd graph.
-
-    A mean or sum has one upstream gradient u, and d(u l)/dx = u dl/dx: dl/dx is computed along with l in one pass,
-    and given away at the first backward. A later backward, and reduction "none", compute it from the logits.
-    """
-
-    @staticmethod
-    def forward(ctx, input, target, sample_weight, loss, dtype):
-        ctx.save_for_backward(input, target, sample_weight)
-        ctx.loss, ctx.gradient = loss, None
-        given = _arrays(input, target, sample_weight)
-        if loss.reduction == "none":
-            return _tensor(loss(*given), dtype)
-        value, gradient = loss.value_and_grad(*given)
-        ctx.gradient = _gradient_tensor(gradient)
-        return _tensor(value, dtype)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor):  # type: ignore[override]
-        batched = torch._C._functorch.is_legacy_batchedtensor(upstream)  # by autograd.grad(is_grads_batched=True)
-        if torch.is_grad_enabled() or batched or _recorder():
-            input, target, sample_weight = ctx.saved_tensors
-            return _gradient(ctx.loss, input, target, sample_weight, upstream), None, None, None, None
-        gradient, ctx.gradient = ctx.gradient, None  # no reference stays: autograd may add to it in place
-        factor = _array(upstream) if ctx.loss.reduction == "none" else upstream.item()
-        # 16-bit gradients are scaled before they are rounded, or a loss scale would come too late for small ones
-        if gradient is None or (factor != 1 and gradient.itemsize == 2):
-            input, target, sample_weight = ctx.saved_tensors
-            given, out = _arrays(input, target, sample_weight), None if gradient is None else _array(gradient)
-            gradient = _gradient_tensor(ctx.loss.value_and_grad(*given, out=out, upstream=factor)[1])
-        elif factor != 1:
-            gradient.mul_(factor)
-        return gradient, None, None, None, None
-
-
-def _gradient(loss: _Loss, input: Tensor, target: Tensor, sample_weight: Tensor | None, upstream: Tensor) -> Tensor:
-    """The gradient in torch's operations, for what differentiates or batches it.
-
-    g_k = u s / divisor * [(sum_j mass_j + 2 z_loss w_t lse) p_k - mass_k],   mass_k = w_k (on q_k + off)
-    """
-    axis = _class_axis(input)
-    x = input.movedim(axis, -1)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    n_classes, soft = x.shape[-1], target.is_floating_point()
-    w = x.new_ones(n_classes) if loss.weight is None else x.new_tensor(loss.weight)
-    s = x.new_ones(x.shape[:-1]) if sample_weight is None else sample_weight.to(x)
-    counts = s != 0 if soft else (s != 0) & (target != loss.ignore_index)
-    t = counts.long() * 0 if soft else torch.where(counts, target, 0).long()
-    q = target.movedim(axis, -1).to(x) if soft else F.one_hot(t, n_classes).to(x)
-    w_t = torch.ones_like(s) if soft else w[t]
-    on, off = loss.masses(n_classes, soft)
-    mass = w * (on * q + off)
-    weight_sum = float((s * w_t * counts).sum(dtype=torch.float64))
-    divisor = reductions.divisor(loss.reduction, loss.denominator, s.numel(), int(counts.sum()), weight_sum)
-    slope = torch.where(counts, upstream.to(x.dtype) * s * reductions.gradient_scale(divisor), 0)
-    x = torch.where(counts.unsqueeze(-1), x, 0)  # NaN in a row that does not count stays there
-    total = mass.sum(-1, keepdim=True)
-    if loss.z_loss:
-        total = total + 2 * loss.z_loss * w_t.unsqueeze(-1) * x.logsumexp(-1, keepdim=True)
-    gradient = slope.unsqueeze(-1) * (total * x.softmax(-1) - mass)
-    return gradient.movedim(-1, axis).to(input.dtype)
-
-
-def _recorder() -> str | None:
-    """What records or transforms torch's operations just now, and would not see ours."""
-    if torch.compiler.is_compiling():
-        return "torch.compile"
-    if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
-    if torch._C._len_torch_dispatch_stack():
-        return "a torch dispatch mode"
-    return "torch.jit.trace" if torch.jit.is_tracing() else None
-
-
-def _stranger(input, target, weight, sample_weight) -> str | None:
-    """Which argument the kernels cannot take, or None."""
-    for name, tensor in ("input", input), ("target", target), ("weight", weight), ("sample_weight", sample_weight):
-        if tensor is None and name in ("weight", "sample_weight"):
-            continue
-        if type(tensor) not in _PLAIN:
-            return f"{name} is a {type(tensor).__name__}"
-        if not tensor.is_cpu or tensor.layout != torch.strided:
-            return f"{name} is a {tensor.layout} tensor on {tensor.device}"
-        if tensor.requires_grad and name != "input" and torch.is_grad_enabled():
-            return f"{name} requires a gradient"
-    if input.dtype not in _FLOATS:
-        return f"input has dtype {input.dtype}"
-    indices = not target.is_floating_point()
-    if indices and weight is not None and _wide(weight.dtype) != _wide(input.dtype):
-        return f"weight has dtype {weight.dtype} and input {input.dtype}"  # an error in torch
-    if indices and input.ndim == 1 == target.ndim:
-        return f"input of shape {tuple(input.shape)} has a target of shape {tuple(target.shape)}"
-    return None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Autocast runs this loss in float32."""
-    narrow = dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled("cpu")
-    return torch.float32 if narrow else dtype
-
-
-def _result_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
-    """As torch: of input with class indices; with class probabilities promoted by target and weight."""
-    if not target.is_floating_point():
-        return _wide(input.dtype)
-    return functools.reduce(torch.promote_types, [_wide(t.dtype) for t in (input, target, weight) if t is not None])
-
-
+@autograd.overridable
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -198,8 +58,10 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
-    z_loss: float = 0.0,
     smoothing: str = "uniform",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
     denominator: str | float = "weight",
     sample_weight: Tensor | None = None,
 ) -> Tensor:
@@ -213,7 +75,7 @@ def cross_entropy(
         Class indices of any integer dtype; or class probabilities of a floating one.
     weight, size_average, ignore_index, reduce, reduction, label_smoothing
         As in `torch.nn.functional.cross_entropy`.
-    z_loss, smoothing, denominator
+    smoothing, temperature, softcap, z_loss, denominator
         As in `ce_fast.CrossEntropyLoss`.
     sample_weight : Tensor, optional
         Of the shape of the class indices, finite and not negative; a boolean tensor is a mask.
@@ -229,14 +91,12 @@ def cross_entropy(
         If a target is neither a class nor `ignore_index`.
     ValueError, TypeError, RuntimeError
         If a shape, dtype, value or option does not fit.
-    NotImplementedError
-        If the call must go to torch's function, which lacks the options that are in use.
 
     Notes
     -----
     Rows that do not count have loss 0 and gradient 0 whatever their logits hold. If `input` needs a gradient, a mean or
     sum computes it along with the loss. Gradients of gradients, of any order, are exact. The kernels read tensors by
-    `Tensor.numpy`, after which torch does not resize their storage.
+    `Tensor.numpy`, after which torch does not resize their storage. All this holds for every loss of this module.
 
     Examples
     --------
@@ -251,53 +111,517 @@ def cross_entropy(
     tensor([[-0.0781,  0.0571,  0.0210],
             [ 0.1060, -0.2119,  0.1060]])
     """
-    if reason := _recorder() or _stranger(input, target, weight, sample_weight):
-        if z_loss or smoothing != "uniform" or denominator != "weight" or sample_weight is not None:
-            raise NotImplementedError(
-                "z_loss, smoothing, denominator and sample_weight work on plain CPU tensors in eager mode, of one "
-                f"floating dtype, of which only input needs a gradient; here: {reason}"
-            )
+    unseen = autograd.is_unseen(input, target, weight, sample_weight)
+    ours = (
+        z_loss
+        or smoothing != "uniform"
+        or temperature != 1
+        or softcap is not None
+        or denominator != "weight"
+        or sample_weight is not None
+    )
+    if not ours and (unseen or (not target.is_floating_point() and autograd.only_torch_reads(input, target, weight))):
         return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-    if has_torch_function_variadic(input, target, weight):  # of plain tensors: a mode, as torch.set_default_device
-        return handle_torch_function(
-            cross_entropy,
-            (),
-            input,
-            target,
-            weight,
-            size_average,
-            ignore_index,
-            reduce,
-            reduction,
-            label_smoothing,
-            z_loss=z_loss,
-            smoothing=smoothing,
-            denominator=denominator,
-            sample_weight=sample_weight,
+    reduction = autograd.reduction_name(reduction, size_average, reduce)
+    options = ignore_index, reduction, label_smoothing, smoothing, temperature, softcap, z_loss, denominator
+    return autograd.class_loss(
+        autograd.CrossEntropy, (input, target, sample_weight), {"weight": weight}, *options, unseen=unseen
+    )
+
+
+@autograd.overridable
+def focal_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    gamma: float = 2.0,
+    alpha: float | Tensor | None = None,
+    smoothing: str = "uniform",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    denominator: str | float = "weight",
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Focal loss over classes: the cross-entropy of each class times (1 - p)^gamma and `alpha`, in nats.
+
+    Parameters
+    ----------
+    gamma, alpha
+        As in `ce_fast.FocalLoss`; `alpha` is a number or a Tensor of shape (C).
+    input, target, sample_weight and all other options
+        As in `cross_entropy`, and likewise the result and the errors.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import focal_loss
+    >>> focal_loss(torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]]), torch.tensor([0, 1]))
+    tensor(0.0516)
+    """
+    options = ignore_index, reduction, label_smoothing, smoothing, temperature, softcap, z_loss, denominator
+    return autograd.class_loss(
+        autograd.Focal, (input, target, sample_weight), {"weight": weight, "alpha": alpha}, *options, gamma=gamma
+    )
+
+
+@autograd.overridable
+def poly_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    epsilon: float = 1.0,
+    smoothing: str = "uniform",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    denominator: str | float = "weight",
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Poly-1 loss: the cross-entropy of each class plus epsilon (1 - p).
+
+    Parameters
+    ----------
+    epsilon
+        As in `ce_fast.PolyLoss`.
+    input, target, sample_weight and all other options
+        As in `cross_entropy`, and likewise the result and the errors.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import poly_loss
+    >>> poly_loss(torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]]), torch.tensor([0, 1]))
+    tensor(0.6507)
+    """
+    options = ignore_index, reduction, label_smoothing, smoothing, temperature, softcap, z_loss, denominator
+    return autograd.class_loss(
+        autograd.Poly, (input, target, sample_weight), {"weight": weight}, *options, epsilon=epsilon
+    )
+
+
+@autograd.overridable
+def generalized_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    q: float = 0.7,
+    smoothing: str = "uniform",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    denominator: str | float = "weight",
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Generalized cross-entropy, (1 - p^q) / q of each class: robust against wrong labels.
+
+    Parameters
+    ----------
+    q
+        As in `ce_fast.GeneralizedCrossEntropyLoss`.
+    input, target, sample_weight and all other options
+        As in `cross_entropy`, and likewise the result and the errors.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import generalized_cross_entropy
+    >>> generalized_cross_entropy(torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]]), torch.tensor([0, 1]))
+    tensor(0.3088)
+    """
+    options = ignore_index, reduction, label_smoothing, smoothing, temperature, softcap, z_loss, denominator
+    return autograd.class_loss(
+        autograd.GeneralizedCrossEntropy, (input, target, sample_weight), {"weight": weight}, *options, q=q
+    )
+
+
+@autograd.overridable
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Negative log-likelihood of log-probabilities at class indices: a drop-in for torch's own.
+
+    Parameters
+    ----------
+    input, target, weight, size_average, ignore_index, reduce, reduction
+        As in `torch.nn.functional.nll_loss`; the indices may be of any integer dtype.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import nll_loss
+    >>> nll_loss(torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log(), torch.tensor([0, 1]))
+    tensor(0.4904)
+    """
+    unseen = autograd.is_unseen(input, target, weight)
+    if unseen or target.is_floating_point() or autograd.only_torch_reads(input, target, weight):
+        return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
+    name = autograd.reduction_name(reduction, size_average, reduce)
+    return autograd.run(
+        autograd.NLL, (input, target), {"weight": weight}, unseen=unseen, ignore_index=ignore_index, reduction=name
+    )
+
+
+# ------------------------------------------------------------------------------------------ losses over elements
+
+
+@autograd.overridable
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Binary cross-entropy of logits against probabilities: a drop-in for torch's own.
+
+    Parameters
+    ----------
+    input, target, weight, size_average, reduce, reduction, pos_weight
+        As in `torch.nn.functional.binary_cross_entropy_with_logits`.
+    label_smoothing
+        As in `ce_fast.BCEWithLogitsLoss`.
+    sample_weight : Tensor, optional
+        Of input's shape or of its leading axes, finite and not negative; the mean is over its sum.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import binary_cross_entropy_with_logits
+    >>> binary_cross_entropy_with_logits(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.0]))
+    tensor(0.2201)
+    """
+    unseen = autograd.is_unseen(input, target, weight, pos_weight, sample_weight)
+    ours = label_smoothing or sample_weight is not None
+    if (unseen and not ours) or (isinstance(target, Tensor) and not target.is_floating_point()):
+        return F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
+    return autograd.run(
+        autograd.BCEWithLogits,
+        (input, target, sample_weight),
+        {"weight": weight, "pos_weight": pos_weight},
+        unseen=unseen,
+        dtype_of=(target,),
+        reduction=autograd.reduction_name(reduction, size_average, reduce),
+        label_smoothing=label_smoothing,
+    )
+
+
+@autograd.overridable
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Binary cross-entropy of probabilities, whose logarithms are at least -100: a drop-in for torch's own.
+
+    Parameters
+    ----------
+    input, target, weight, size_average, reduce, reduction
+        As in `torch.nn.functional.binary_cross_entropy`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import binary_cross_entropy
+    >>> binary_cross_entropy(torch.tensor([0.9, 0.25]), torch.tensor([1.0, 0.0]))
+    tensor(0.1965)
+    """
+    unseen = autograd.is_unseen(input, target, weight)
+    if unseen or autograd.wide(target.dtype) != autograd.wide(input.dtype):
+        return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
+    name = autograd.reduction_name(reduction, size_average, reduce)
+    try:
+        return autograd.run(
+            autograd.BCE, (input, target), {"weight": weight}, unseen=unseen, dtype_of=(input,), reduction=name
         )
-    if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
-    if ignore_index >= 0 and target.is_floating_point():
-        raise ValueError(f"ignore_index is {ignore_index}; class probabilities have none to ignore")
-    make = _make_loss_once if weight is None else _make_loss
-    n_threads = 1 if input.numel() < threads.SERIAL_LOGITS else torch.get_num_threads()
-    axis = _class_axis(input)
-    loss = make(weight, ignore_index, reduction, label_smoothing, z_loss, smoothing, denominator, axis, n_threads)
-    dtype = _result_dtype(input, target, weight)
-    if input.requires_grad and torch.is_grad_enabled():
-        return _CrossEntropy.apply(input, target, sample_weight, loss, dtype)
-    return _tensor(loss(*_arrays(input, target, sample_weight)), dtype)
+    except ValueError:  # as of probabilities outside [0, 1], for which torch has an error of its own
+        return F.binary_cross_entropy(input, target, weight, None, None, name)
 
 
-class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+@autograd.overridable
+def sigmoid_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2,
+    reduction: str = "none",
+    *,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Focal loss of each element, as in `torchvision.ops.sigmoid_focal_loss`.
+
+    Parameters
+    ----------
+    inputs : Tensor
+        Logits of any shape.
+    targets : Tensor of inputs' shape
+        1 for the positive class, 0 for the negative one.
+    alpha : float in [0, 1], or -1
+        The weight of positive elements, 1 - alpha being that of negative ones; -1 for none.
+    gamma, reduction
+        As in `ce_fast.SigmoidFocalLoss`.
+    sample_weight
+        As in `binary_cross_entropy_with_logits`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import sigmoid_focal_loss
+    >>> sigmoid_focal_loss(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.0]))
+    tensor([0.0005, 0.0170])
+    """
+    return autograd.run(
+        autograd.SigmoidFocal, (inputs, targets, sample_weight), {}, alpha=alpha, gamma=gamma, reduction=reduction
+    )
+
+
+# ------------------------------------------------------------------------------------------ between distributions
+
+
+@autograd.overridable
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    """Kullback-Leibler divergence of log-probabilities from the target, element by element: a drop-in for torch's own.
+
+    The kernels take `log_target=True` with a mean, batchmean or sum; all else goes to torch's function.
+
+    Parameters
+    ----------
+    input, target, size_average, reduce, reduction, log_target
+        As in `torch.nn.functional.kl_div`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import kl_div
+    >>> p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    >>> kl_div(p, q, reduction="batchmean", log_target=True)
+    tensor(0.1308)
+    """
+    if (
+        not log_target
+        or size_average is not None
+        or reduce is not None
+        or reduction not in ("mean", "batchmean", "sum")
+        or autograd.is_unseen(input, target)
+        or not target.is_floating_point()
+        or input.shape != target.shape
+        or input.ndim == 0
+        or input.numel() == 0
+    ):
+        return F.kl_div(input, target, size_average, reduce, reduction, log_target)
+    if reduction == "mean":
+        warnings.warn("reduction='mean' divides by the number of elements; 'batchmean' by that of rows", stacklevel=3)
+    return autograd.run(
+        autograd.KLDiv,
+        (input, target),
+        {},
+        unseen=False,
+        reduction="sum" if reduction == "sum" else "mean",
+        denominator=float(input.numel() if reduction == "mean" else len(input)),
+        log_probs=True,
+        class_axis=-1,
+    )
+
+
+@autograd.overridable
+def kl_div_with_logits(
+    input: Tensor,
+    target: Tensor,
+    *,
+    direction: str = "forward",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    denominator: str | float = "weight",
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Kullback-Leibler divergence between the softmax of logits and that of the logits of a target, a value a row.
+
+    Parameters
+    ----------
+    input : Tensor of shape (C), (N, C) or (N, C, d1, ..., dK)
+        Logits.
+    target : Tensor of input's shape
+        Logits of the reference distribution.
+    direction, temperature, softcap, reduction, denominator
+        As in `ce_fast.KLDivLoss`; a mean is torch's "batchmean".
+    sample_weight
+        As in `cross_entropy`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import kl_div_with_logits
+    >>> kl_div_with_logits(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0986]]))
+    tensor(0.1308)
+    """
+    return autograd.run(
+        autograd.KLDivWithLogits,
+        (input, target, sample_weight),
+        {},
+        direction=direction,
+        temperature=temperature,
+        softcap=softcap,
+        reduction=reduction,
+        denominator=denominator,
+    )
+
+
+@autograd.overridable
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | tuple[Tensor, Tensor],
+    target: Tensor | None = None,
+    *,
+    temperature: float = 2.0,
+    alpha: float | None = None,
+    direction: str = "forward",
+    tail: str = "bucket",
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    denominator: str | float = "weight",
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """alpha T^2 KL(teacher, student) at temperature T, plus (1 - alpha) times the cross-entropy of the target.
+
+    Parameters
+    ----------
+    student_logits : Tensor of shape (C), (N, C) or (N, C, d1, ..., dK)
+        The only argument that the kernels differentiate by; a teacher that needs a gradient goes by the formula.
+    teacher_logits : Tensor of the same shape, or (indices, log_probs)
+        A pair holds the k most probable classes of each row in place of all C, and their log-probabilities at the
+        temperature.
+    target : Tensor, optional
+        As in `cross_entropy`.
+    temperature, alpha, direction, tail, softcap, denominator
+        As in `ce_fast.DistillationLoss`.
+    weight, ignore_index, reduction, label_smoothing, sample_weight
+        As in `cross_entropy`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import distillation_loss
+    >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2.1972]])
+    >>> distillation_loss(student, teacher)
+    tensor(0.5232)
+    >>> distillation_loss(student, (torch.tensor([[1]]), torch.tensor([[0.75]]).log()))
+    tensor(0.5232)
+    """
+    autograd.check_ignore_index(ignore_index, target)
+    teacher, log_probs = teacher_logits if isinstance(teacher_logits, tuple) else (teacher_logits, None)
+    return autograd.run(
+        autograd.Distillation,
+        (student_logits, teacher, log_probs, target, sample_weight),
+        {"weight": weight},
+        temperature=temperature,
+        alpha=alpha,
+        direction=direction,
+        tail=tail,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+        denominator=denominator,
+    )
+
+
+# ------------------------------------------------------------------------------------------ modules
+
+
+class _Module(torch.nn.Module):
+    """A function of this module with its options held; `weight` and all tensors are buffers, as in torch's losses.
+
+    The options are the function's, in its order, and checked here if `kind` is the loss that takes them.
+    """
+
+    _function: ClassVar[Callable[..., Tensor]]
+    _kind: ClassVar[type | None]
+    _hidden: ClassVar[frozenset[str]]  # what torch's module has, and does not show either
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, function=None, kind=None, **rest):
+        super().__init_subclass__(**rest)
+        if function is not None:
+            parameters = inspect.signature(function).parameters.values()
+            options = [p for p in parameters if p.default is not p.empty and p.name not in ("target", "sample_weight")]
+            cls._function, cls._kind, cls.__signature__ = staticmethod(function), kind, inspect.Signature(options)
+            cls._hidden = frozenset(inspect.signature(cls.__mro__[2]).parameters)
+
+    def __init__(self, *args, **options):
+        super().__init__()
+        given = self.__signature__.bind(*args, **options)
+        given.apply_defaults()
+        held = given.arguments
+        size_average, reduce = held.pop("size_average", None), held.pop("reduce", None)
+        if self._kind is not None or size_average is not None or reduce is not None:
+            held["reduction"] = autograd.reduction_name(held["reduction"], size_average, reduce)
+        for name, value in held.items():
+            if isinstance(value, Tensor) or name in ("weight", "pos_weight"):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+        self._held = tuple(held)
+        if self._kind is not None:
+            autograd.make_once(self._kind, **{name: value for name, value in held.items() if name not in self._buffers})
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._held}
+
+    def extra_repr(self) -> str:
+        defaults = {name: parameter.default for name, parameter in self.__signature__.parameters.items()}
+        shown = [name for name in self._held if name not in self._hidden and name not in self._buffers]
+        return ", ".join(f"{k}={v!r}" for k in shown if (v := getattr(self, k)) != defaults[k])
+
+    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss; arguments and result as in the function, of which some take no `sample_weight`."""
+        given = {} if sample_weight is None else {"sample_weight": sample_weight}
+        return self._function(input, target, **given, **self._options())
+
+
+class CrossEntropyLoss(_Module, torch.nn.CrossEntropyLoss, function=cross_entropy, kind=autograd.CrossEntropy):
     """`cross_entropy` as a module: torch's own module, with the options of `ce_fast`.
 
     Parameters
     ----------
-    weight, size_average, ignore_index, reduce, reduction, label_smoothing
-        As in `torch.nn.CrossEntropyLoss`; `weight` is a buffer.
-    z_loss, smoothing, denominator
-        As in `ce_fast.CrossEntropyLoss`.
+    options
+        Those of `cross_entropy`, in the same order.
 
     Raises
     ------
@@ -315,38 +639,141 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     tensor(0.3370)
     """
 
-    def __init__(
+
+class FocalLoss(_Module, function=focal_loss, kind=autograd.Focal):
+    """`focal_loss` as a module, with its options.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import FocalLoss
+    >>> loss = FocalLoss(gamma=1.5, alpha=torch.tensor([0.5, 1.0, 1.0]))
+    >>> loss
+    FocalLoss(gamma=1.5)
+    >>> loss(torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([0]))
+    tensor(0.0052)
+    """
+
+
+class PolyLoss(_Module, function=poly_loss, kind=autograd.Poly):
+    """`poly_loss` as a module, with its options.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import PolyLoss
+    >>> PolyLoss(epsilon=2.0)(torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([0]))
+    tensor(0.4823)
+    """
+
+
+class GeneralizedCrossEntropyLoss(_Module, function=generalized_cross_entropy, kind=autograd.GeneralizedCrossEntropy):
+    """`generalized_cross_entropy` as a module, with its options.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import GeneralizedCrossEntropyLoss
+    >>> GeneralizedCrossEntropyLoss(q=0.5)(torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([0]))
+    tensor(0.1628)
+    """
+
+
+class NLLLoss(_Module, torch.nn.NLLLoss, function=nll_loss):
+    """`nll_loss` as a module: torch's own, computed by the kernels.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import NLLLoss
+    >>> NLLLoss()(torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log(), torch.tensor([0, 1]))
+    tensor(0.4904)
+    """
+
+
+class BCEWithLogitsLoss(
+    _Module, torch.nn.BCEWithLogitsLoss, function=binary_cross_entropy_with_logits, kind=autograd.BCEWithLogits
+):
+    """`binary_cross_entropy_with_logits` as a module: torch's own, with its options.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import BCEWithLogitsLoss
+    >>> BCEWithLogitsLoss(label_smoothing=0.1)(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.0]))
+    tensor(0.2951)
+    """
+
+
+class BCELoss(_Module, torch.nn.BCELoss, function=binary_cross_entropy):
+    """`binary_cross_entropy` as a module: torch's own, computed by the kernels.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import BCELoss
+    >>> BCELoss()(torch.tensor([0.9, 0.25]), torch.tensor([1.0, 0.0]))
+    tensor(0.1965)
+    """
+
+
+class SigmoidFocalLoss(_Module, function=sigmoid_focal_loss, kind=autograd.SigmoidFocal):
+    """`sigmoid_focal_loss` as a module, with its options and their defaults.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import SigmoidFocalLoss
+    >>> SigmoidFocalLoss(reduction="mean")(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.0]))
+    tensor(0.0087)
+    """
+
+
+class KLDivLoss(_Module, torch.nn.KLDivLoss, function=kl_div):
+    """`kl_div` as a module: torch's own, computed by the kernels where they can.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import KLDivLoss
+    >>> p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    >>> KLDivLoss(reduction="batchmean", log_target=True)(p, q)
+    tensor(0.1308)
+    """
+
+
+class KLDivWithLogitsLoss(_Module, function=kl_div_with_logits, kind=autograd.KLDivWithLogits):
+    """`kl_div_with_logits` as a module, with its options.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import KLDivWithLogitsLoss
+    >>> KLDivWithLogitsLoss(direction="reverse")(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0986]]))
+    tensor(0.1438)
+    """
+
+
+class DistillationLoss(_Module, function=distillation_loss, kind=autograd.Distillation):
+    """`distillation_loss` as a module, with its options.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import DistillationLoss
+    >>> loss = DistillationLoss(temperature=4.0, alpha=0.9)
+    >>> loss
+    DistillationLoss(temperature=4.0, alpha=0.9)
+    >>> loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 4.3944]]), torch.tensor([1]))
+    tensor(1.9530)
+    """
+
+    def forward(  # type: ignore[override]
         self,
-        weight: Tensor | None = None,
-        size_average: bool | None = None,
-        ignore_index: int = -100,
-        reduce: bool | None = None,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        *,
-        z_loss: float = 0.0,
-        smoothing: str = "uniform",
-        denominator: str | float = "weight",
-    ):
-        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.z_loss, self.smoothing, self.denominator = z_loss, smoothing, denominator
-        _make_loss_once(None, ignore_index, self.reduction, label_smoothing, z_loss, smoothing, denominator, 1, 1)
-
-    def extra_repr(self) -> str:
-        defaults = {"z_loss": 0.0, "smoothing": "uniform", "denominator": "weight"}
-        return ", ".join(f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k) != v)
-
-    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """The loss; arguments and result as in `cross_entropy`."""
-        return cross_entropy(
-            input,
-            target,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            smoothing=self.smoothing,
-            denominator=self.denominator,
-            sample_weight=sample_weight,
-        )
+        student_logits: Tensor,
+        teacher_logits: Tensor | tuple[Tensor, Tensor],
+        target: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        """The loss; arguments and result as in `distillation_loss`."""
+        return distillation_loss(student_logits, teacher_logits, target, sample_weight=sample_weight, **self._options())

@@ -6,27 +6,65 @@
 """
 
 from ce_fast.adapters.numpy import (
+    binary_cross_entropy,
+    binary_cross_entropy_with_logits,
     cross_entropy,
+    distillation_loss,
+    entropy,
+    focal_loss,
+    generalized_cross_entropy,
+    kl_div,
     log_softmax,
     logsumexp,
     nll_loss,
     perplexity,
+    poly_loss,
+    sigmoid_focal_loss,
     softmax,
 )
 from ce_fast.backends import use_backend
 from ce_fast.config import __version__, show_config
-from ce_fast.losses import CrossEntropyLoss, NLLLoss
+from ce_fast.distillation import DistillationLoss, TopKTeacher
+from ce_fast.losses import (
+    BCELoss,
+    BCEWithLogitsLoss,
+    CrossEntropyLoss,
+    FocalLoss,
+    GeneralizedCrossEntropyLoss,
+    KLDivLoss,
+    NLLLoss,
+    PolyLoss,
+    SigmoidFocalLoss,
+)
 
 __all__ = [
+    "BCELoss",
+    "BCEWithLogitsLoss",
     "CrossEntropyLoss",
+    "DistillationLoss",
+    "FocalLoss",
+    "GeneralizedCrossEntropyLoss",
+    "KLDivLoss",
     "NLLLoss",
+    "PolyLoss",
+    "SigmoidFocalLoss",
+    "TopKTeacher",
     "__version__",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
     "cross_entropy",
+    "distillation_loss",
+    "entropy",
+    "focal_loss",
+    "generalized_cross_entropy",
+    "kl_div",
     "log_softmax",
     "logsumexp",
     "nll_loss",
     "perplexity",
+    "poly_loss",
     "show_config",
+    "sigmoid_focal_loss",
     "softmax",
     "use_backend",
 ]

@@ -16,12 +16,16 @@ cnp.import_array()
 cdef extern from "ce_fast.h" nogil:
     ctypedef enum ce_dtype:
         CE_FLOAT64, CE_FLOAT32, CE_FLOAT16, CE_BFLOAT16
-    ctypedef enum ce_index_type:
         CE_INT8, CE_UINT8, CE_INT16, CE_UINT16, CE_INT32, CE_UINT32, CE_INT64, CE_UINT64
     ctypedef enum ce_emit:
         CE_NOTHING, CE_GRADIENT, CE_LOG_SOFTMAX
+    ctypedef enum ce_rule:
+        CE_CROSS_ENTROPY, CE_FOCAL, CE_POLY, CE_GENERALIZED, CE_KL_FORWARD, CE_KL_REVERSE
+        CE_BINARY, CE_BINARY_PROBABILITY, CE_BINARY_FOCAL
     enum:
         CE_TILE
+    ctypedef struct ce_temperature:
+        pass
     ctypedef struct ce_array:
         char *data
         ce_dtype dtype
@@ -33,35 +37,55 @@ cdef extern from "ce_fast.h" nogil:
         int64_t n_rows, n_classes
         int n_outer
         int64_t *outer_shape
-        ce_array logits, soft, out
+        ce_array logits, soft, out, hess
         ce_emit emit
         const void *target
-        ce_index_type target_type
+        ce_dtype target_type
         int64_t ignore_index
         const double *weight
         const double *sample_weight
         const double *upstream
-        double on, off, z_loss, scale
+        const int64_t *left_out
+        int64_t n_left_out
+        ce_rule rule
+        ce_temperature temperature, cap
+        int log_probs
+        double parameter, on, off, z_loss, softcap, scale, hess_scale, floor
         void *loss
         void *lse
+    ctypedef struct ce_element_job:
+        int64_t n_last
+        int n_outer
+        int64_t *outer_shape
+        ce_array logits, target, weight, pos_weight, sample_weight, upstream, loss, out, hess
+        ce_rule rule
+        double gamma, alpha, on, off, scale, hess_scale, floor
     ctypedef double (*ce_rows_fn)(const ce_job *, int64_t, int64_t, ce_reference *)
+    ctypedef double (*ce_elements_fn)(const ce_element_job *, int64_t, int64_t, int *)
     ctypedef struct ce_table:
         const char *name
         ce_rows_fn rows_float64, rows_float32
+        ce_elements_fn elements_float64, elements_float32
     int ce_isa_count()
     const ce_table *ce_isa(int i)
     int ce_max_threads()
     int ce_openmp()
     double ce_sum_in_order(const double *values, int64_t n)
     void ce_sum_weights(ce_job *)
+    ce_temperature ce_make_temperature(double value)
     int64_t ce_scan_targets(const ce_job *, int64_t *n_counted, double *weight_sum)
 
-DTYPES = {"float64": CE_FLOAT64, "float32": CE_FLOAT32, "float16": CE_FLOAT16, "bfloat16": CE_BFLOAT16}
-INDEX_TYPES = {
-    "int8": CE_INT8, "uint8": CE_UINT8, "int16": CE_INT16, "uint16": CE_UINT16,
+DTYPES = {
+    "float64": CE_FLOAT64, "float32": CE_FLOAT32, "float16": CE_FLOAT16, "bfloat16": CE_BFLOAT16,
+    "int8": CE_INT8, "uint8": CE_UINT8, "int16": CE_INT16, "uint16": CE_UINT16, "bool": CE_UINT8,
     "int32": CE_INT32, "uint32": CE_UINT32, "int64": CE_INT64, "uint64": CE_UINT64,
 }
 EMIT = {None: CE_NOTHING, "gradient": CE_GRADIENT, "log_softmax": CE_LOG_SOFTMAX}
+RULES = {
+    "cross_entropy": CE_CROSS_ENTROPY, "focal": CE_FOCAL, "poly": CE_POLY, "generalized": CE_GENERALIZED,
+    "kl_forward": CE_KL_FORWARD, "kl_reverse": CE_KL_REVERSE,
+    "binary": CE_BINARY, "binary_probability": CE_BINARY_PROBABILITY, "binary_focal": CE_BINARY_FOCAL,
+}
 ISAS = tuple([ce_isa(i).name.decode() for i in range(ce_isa_count())])  # worst first
 
 
@@ -75,76 +99,103 @@ def max_threads():
     return ce_max_threads()
 
 
+_codes = {}  # of dtypes: the name of one costs a microsecond
+
+
+cdef int code_of(cnp.ndarray array) except -1:
+    if array is None:
+        return 0
+    dtype = array.dtype
+    if dtype not in _codes:
+        _codes[dtype] = DTYPES[dtype.name]
+    return _codes[dtype]
+
+
 cdef inline void *data_of(cnp.ndarray array):
     return NULL if array is None else cnp.PyArray_DATA(array)
 
 
-cdef void set_array(ce_array *view, cnp.ndarray array, int dtype):
+cdef int set_array(ce_array *view, cnp.ndarray array) except -1:
     """A view of `array`, shape (outer..., n_classes); absent if None."""
     cdef int d, last
     if array is None:
-        return
+        return 0
     last = cnp.PyArray_NDIM(array) - 1
     view.data = <char *>cnp.PyArray_DATA(array)
-    view.dtype = <ce_dtype>dtype
+    view.dtype = <ce_dtype>code_of(array)
     view.class_stride = cnp.PyArray_STRIDE(array, last)
     for d in range(last):
         view.outer_stride[d] = cnp.PyArray_STRIDE(array, d)
+    return 0
 
 
-cdef void set_rows(ce_job *job, cnp.ndarray target, int target_type, int64_t ignore_index,
-                   cnp.ndarray weight, cnp.ndarray sample_weight):
+cdef int set_rows(ce_job *job, rows) except -1:
+    cdef cnp.ndarray target = rows.target
     job.target = data_of(target)
-    job.target_type = <ce_index_type>target_type
-    job.ignore_index = ignore_index
-    job.weight = <const double *>data_of(weight)
-    job.sample_weight = <const double *>data_of(sample_weight)
+    job.target_type = <ce_dtype>code_of(target)
+    job.ignore_index = rows.ignore_index
+    job.weight = <const double *>data_of(rows.weight)
+    job.sample_weight = <const double *>data_of(rows.sample_weight)
+    return 0
 
 
-def scan_targets(cnp.ndarray target, int target_type, int64_t ignore_index, int64_t n_rows, int64_t n_classes,
-                 cnp.ndarray weight, cnp.ndarray sample_weight):
+def scan_targets(rows, int64_t n_rows, int64_t n_classes):
     """(first bad position or -1, number of rows that count, sum of their weights)."""
     cdef ce_job job
     cdef int64_t counted = 0, bad
     cdef double weight_sum = 0
     memset(&job, 0, sizeof(job))
     job.n_rows, job.n_classes = n_rows, n_classes
-    set_rows(&job, target, target_type, ignore_index, weight, sample_weight)
+    set_rows(&job, rows)
     with nogil:
         bad = ce_scan_targets(&job, &counted, &weight_sum)
     return bad, counted, weight_sum
 
 
-def run_rows(int isa, bint compute_float64, int64_t n_rows, int64_t block_rows, int chunk_blocks, int n_threads,
-             cnp.ndarray logits, int logits_dtype, cnp.ndarray soft, int soft_dtype, cnp.ndarray out, int emit,
-             cnp.ndarray target, int target_type, int64_t ignore_index,
-             cnp.ndarray weight, cnp.ndarray sample_weight, cnp.ndarray upstream,
-             double on, double off, double z_loss, double scale, cnp.ndarray loss, cnp.ndarray lse):
+cdef int set_job(ce_job *view, job) except -1:
+    cdef cnp.ndarray logits = job.logits, left_out = job.left_out
+    cdef int d
+    memset(view, 0, sizeof(view[0]))
+    view.n_outer = cnp.PyArray_NDIM(logits) - 1
+    view.n_classes = cnp.PyArray_DIM(logits, view.n_outer)
+    for d in range(view.n_outer):
+        view.outer_shape[d] = cnp.PyArray_DIM(logits, d)
+    set_array(&view.logits, logits)
+    set_array(&view.soft, job.soft)
+    set_array(&view.out, job.out)
+    set_array(&view.hess, job.hess)
+    set_rows(view, job.rows)
+    view.emit = <ce_emit><int>EMIT[job.emit]
+    view.upstream = <const double *>data_of(job.upstream)
+    if left_out is not None:
+        view.left_out, view.n_left_out = <const int64_t *>data_of(left_out), cnp.PyArray_DIM(left_out, 1)
+    view.rule, view.parameter = <ce_rule><int>RULES[job.rule], job.parameter
+    view.on, view.off, view.z_loss = job.on, job.off, job.z_loss
+    view.temperature = ce_make_temperature(job.temperature)
+    view.softcap = job.softcap or 0.0
+    view.cap = ce_make_temperature(view.softcap / 2 if view.softcap else 1.0)
+    view.log_probs = job.log_probs
+    view.scale, view.hess_scale, view.floor = job.scale, job.hess_scale, job.floor
+    view.loss, view.lse = data_of(job.loss), data_of(job.lse)
+    return 0
+
+
+def run_rows(int isa, plan, job):
     """Run one job on rows; returns the sum of the losses, the same bits for any number of threads."""
-    cdef ce_job job
-    cdef int d, n_outer = cnp.PyArray_NDIM(logits) - 1
+    cdef ce_job view
+    cdef int64_t n_rows = plan.n_rows, block_rows = plan.block_rows, n_tiles = 0
     cdef int64_t b, first, last, n_blocks = (n_rows + block_rows - 1) // block_rows
-    cdef int64_t n_tiles = 0
-    cdef ce_rows_fn rows = ce_isa(isa).rows_float64 if compute_float64 else ce_isa(isa).rows_float32
+    cdef int n_threads = plan.n_threads, chunk_blocks = plan.chunk_blocks
+    cdef bint wide = plan.compute_dtype.itemsize == 8
+    cdef ce_rows_fn rows = ce_isa(isa).rows_float64 if wide else ce_isa(isa).rows_float32
     cdef double *sums
     cdef ce_reference *tiles
     cdef double total = 0
 
-    memset(&job, 0, sizeof(job))
-    job.n_rows, job.n_classes, job.n_outer = n_rows, cnp.PyArray_DIM(logits, n_outer), n_outer
-    for d in range(n_outer):
-        job.outer_shape[d] = cnp.PyArray_DIM(logits, d)
-    set_array(&job.logits, logits, logits_dtype)
-    set_array(&job.soft, soft, soft_dtype)
-    set_array(&job.out, out, logits_dtype)
-    job.emit = <ce_emit>emit
-    set_rows(&job, target, target_type, ignore_index, weight, sample_weight)
-    job.upstream = <const double *>data_of(upstream)
-    job.on, job.off, job.z_loss, job.scale = on, off, z_loss, scale
-    job.loss, job.lse = data_of(loss), data_of(lse)
-
-    if job.emit == CE_GRADIENT:
-        n_tiles = (job.n_classes + CE_TILE - 1) // CE_TILE
+    set_job(&view, job)
+    view.n_rows = n_rows
+    if view.emit == CE_GRADIENT:
+        n_tiles = (view.n_classes + CE_TILE - 1) // CE_TILE
     sums = <double *>calloc(n_blocks + 1, sizeof(double))
     tiles = <ce_reference *>malloc((n_threads * n_tiles + 1) * sizeof(ce_reference))
     if sums == NULL or tiles == NULL:
@@ -152,19 +203,76 @@ def run_rows(int isa, bint compute_float64, int64_t n_rows, int64_t block_rows, 
         free(tiles)
         raise MemoryError(f"no memory for {n_blocks} partial sums and {n_threads * n_tiles} tile references")
     with nogil:
-        if job.off != 0 and job.target != NULL:  # smoothed class indices alone read it
-            ce_sum_weights(&job)
+        if view.off != 0 and view.target != NULL:  # smoothed class indices alone read it
+            ce_sum_weights(&view)
         if n_threads == 1:
             for b in range(n_blocks):
                 first = b * block_rows
                 last = min(first + block_rows, n_rows)
-                sums[b] = rows(&job, first, last, tiles)
+                sums[b] = rows(&view, first, last, tiles)
         else:
             for b in prange(n_blocks, schedule="dynamic", chunksize=chunk_blocks, num_threads=n_threads):
                 first = b * block_rows
                 last = min(first + block_rows, n_rows)
-                sums[b] = rows(&job, first, last, tiles + threadid() * n_tiles)
+                sums[b] = rows(&view, first, last, tiles + threadid() * n_tiles)
         total = ce_sum_in_order(sums, n_blocks)
     free(sums)
     free(tiles)
     return total
+
+
+cdef int set_element_job(ce_element_job *view, job) except -1:
+    cdef cnp.ndarray logits = job.logits
+    cdef int d
+    memset(view, 0, sizeof(view[0]))
+    view.n_outer = cnp.PyArray_NDIM(logits) - 1
+    view.n_last = cnp.PyArray_DIM(logits, view.n_outer)
+    for d in range(view.n_outer):
+        view.outer_shape[d] = cnp.PyArray_DIM(logits, d)
+    set_array(&view.logits, logits)
+    set_array(&view.target, job.target)
+    set_array(&view.weight, job.weight)
+    set_array(&view.pos_weight, job.pos_weight)
+    set_array(&view.sample_weight, job.sample_weight)
+    set_array(&view.upstream, job.upstream)
+    set_array(&view.loss, job.loss)
+    set_array(&view.out, job.out)
+    set_array(&view.hess, job.hess)
+    view.rule = <ce_rule><int>RULES[job.rule]
+    view.gamma, view.alpha = job.gamma, -1.0 if job.alpha is None else job.alpha
+    view.on, view.off = job.on, job.off
+    view.scale, view.hess_scale, view.floor = job.scale, job.hess_scale, job.floor
+    return 0
+
+
+def run_elements(int isa, plan, job):
+    """Run one job on elements; returns (the sum of the losses, whether a target that counts is outside [0, 1])."""
+    cdef ce_element_job view
+    cdef int64_t n = plan.n_rows, block = plan.block_rows, b, n_blocks = (n + block - 1) // block
+    cdef int n_threads = plan.n_threads, chunk_blocks = plan.chunk_blocks, bad = 0
+    cdef bint wide = plan.compute_dtype.itemsize == 8
+    cdef ce_elements_fn elements = ce_isa(isa).elements_float64 if wide else ce_isa(isa).elements_float32
+    cdef double *sums
+    cdef int *flags
+    cdef double total = 0
+
+    set_element_job(&view, job)
+    sums = <double *>calloc(n_blocks + 1, sizeof(double))
+    flags = <int *>calloc(n_blocks + 1, sizeof(int))
+    if sums == NULL or flags == NULL:
+        free(sums)
+        free(flags)
+        raise MemoryError(f"no memory for {n_blocks} partial sums")
+    with nogil:
+        if n_threads == 1:
+            for b in range(n_blocks):
+                sums[b] = elements(&view, b * block, min((b + 1) * block, n), &flags[b])
+        else:
+            for b in prange(n_blocks, schedule="dynamic", chunksize=chunk_blocks, num_threads=n_threads):
+                sums[b] = elements(&view, b * block, min((b + 1) * block, n), &flags[b])
+        total = ce_sum_in_order(sums, n_blocks)
+        for b in range(n_blocks):
+            bad = bad | flags[b]
+    free(sums)
+    free(flags)
+    return total, bool(bad)

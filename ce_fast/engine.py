@@ -1,17 +1,33 @@
 """Inputs -> plan -> backend -> reduction: the only place that knows the order."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ce_fast import backends, inputs, reduction, threads
-from ce_fast.backends import Job, Rows
+from ce_fast.backends import ElementJob, Job, Rows
 from ce_fast.inputs import Logits
 from ce_fast.plan import Plan, make_plan
 
 if TYPE_CHECKING:
-    from ce_fast.losses import CrossEntropyLoss, NLLLoss, _Loss
+    from ce_fast.losses import KLDivLoss, NLLLoss, _BinaryLoss, _Loss, _SoftmaxLoss
+
+Arrays = dict[str, np.ndarray | None]
+Fields = dict[str, Any]  # of a Job
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is wanted beside the value."""
+
+    gradient: bool = False
+    hessian: bool = False
+    out: object = None
+    upstream: object = None
+
+
+VALUE = Ask()
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,107 +40,260 @@ class Call:
     divisor: float
 
 
-def _plan(logits: Logits, n_threads: int | None) -> Plan:
+def make_call_plan(logits: Logits, n_threads: int | None, *, wide: bool = False) -> Plan:
     resolved = threads.resolve(n_threads, logits.rows.size, backends.active().max_threads)
-    return make_plan(logits.outer_shape, logits.n_classes, logits.rows.dtype, resolved)
+    return make_plan(logits.outer_shape, logits.n_classes, logits.rows.dtype, resolved, wide=wide)
 
 
-def _check(loss: "_Loss", logits: Logits, target, sample_weight) -> Call:
+def check_call(loss: "_Loss", logits: Logits, target, sample_weight) -> Call:
     inputs.check_weight(loss.weight, logits)
     indices, soft = inputs.as_targets(target, logits)
+    if soft is not None and loss.check_target:
+        inputs.check_distribution(soft)
     rows = Rows(indices, loss.ignore_index, loss.weight, inputs.as_sample_weight(sample_weight, logits))
     counted, weight_sum = inputs.check_targets(rows, logits)
     n_rows = logits.rows.size // logits.n_classes
     return Call(logits, rows, soft, reduction.divisor(loss.reduction, loss.denominator, n_rows, counted, weight_sum))
 
 
-def _as_upstream(upstream, loss: "_Loss", logits: Logits) -> tuple[float, np.ndarray | None]:
+def as_upstream(upstream, how: str, logits: Logits) -> tuple[float, np.ndarray | None]:
     """(a factor of all rows, a factor of each): of the reduced loss, or of each row's."""
     if upstream is None:
         return 1.0, None
-    if loss.reduction == "none":
+    if how == "none":
         return 1.0, inputs.as_row_values(upstream, logits, "upstream")
+    return _as_number(upstream, how), None
+
+
+def _as_number(upstream, how: str) -> float:
     scalar = inputs.as_array(upstream, "upstream")
     if scalar.shape != () or not (inputs.is_float(scalar.dtype) or scalar.dtype.kind in "iu"):
         raise ValueError(
             f"upstream has shape {scalar.shape} and dtype {scalar.dtype}; expected one number, for "
-            f"reduction={loss.reduction!r} gives one"
+            f"reduction={how!r} gives one"
         )
-    return float(scalar), None
+    return float(scalar)
 
 
-def softmax_loss(loss: "CrossEntropyLoss", logits, target, sample_weight, *, gradient=False, out=None, upstream=None):
-    """(value, gradient or None) of a softmax loss."""
+def softmax_fields(loss: "_SoftmaxLoss", call: Call) -> Fields:
+    on, off = loss.masses(call.logits.n_classes, call.soft is not None)
+    weight = loss.mass_weight(call.logits)
+    return {
+        "logits": call.logits.rows,
+        "rows": call.rows if weight is call.rows.weight else replace(call.rows, weight=weight),
+        "soft": call.soft,
+        "rule": loss.rule,
+        "parameter": loss.parameter,
+        "on": on,
+        "off": off,
+        "z_loss": loss.z_loss,
+        "temperature": loss.temperature,
+        "softcap": loss.softcap,
+    }
+
+
+def softmax_loss(loss: "_SoftmaxLoss", logits, target, sample_weight, ask: Ask = VALUE):
+    """(value, gradient or None, Hessian or None) of a softmax loss."""
+    checked = inputs.as_logits(logits, loss.class_axis, target=target)
+    call = check_call(loss, checked, target, sample_weight)
+    inputs.warn_if_probabilities(checked)
+    return _run_rows(loss, softmax_fields(loss, call), checked, call.divisor, ask)
+
+
+def divergence_loss(loss: "KLDivLoss", logits, target, sample_weight, ask: Ask = VALUE):
+    """(value, gradient or None, Hessian or None) of KL(q || p) or KL(p || q)."""
     checked = inputs.as_logits(logits, loss.class_axis)
-    call = _check(loss, checked, target, sample_weight)
-    on, off = loss.masses(checked.n_classes, call.soft is not None)
-    factor, row_factors = _as_upstream(upstream, loss, checked)
-    grad = None
-    if gradient:
-        grad = inputs.as_out(out, checked, _read(call, row_factors))
-    plan = _plan(checked, loss.n_threads)
+    other = inputs.as_distribution(target, checked)
+    rows = Rows(sample_weight=inputs.as_sample_weight(sample_weight, checked))
+    counted, weight_sum = inputs.check_targets(rows, checked)
+    n_rows = checked.rows.size // checked.n_classes
+    divisor = reduction.divisor(loss.reduction, loss.denominator, n_rows, counted, weight_sum)
+    if not loss.log_probs:
+        inputs.warn_if_probabilities(checked)
+    return _run_rows(loss, divergence_fields(loss, checked, rows, other), checked, divisor, ask)
+
+
+def divergence_fields(loss: "KLDivLoss", logits: Logits, rows: Rows, other: np.ndarray) -> Fields:
+    return {
+        "logits": logits.rows,
+        "rows": rows,
+        "soft": other,
+        "rule": loss.rule,
+        "log_probs": loss.log_probs,
+        "temperature": loss.temperature,
+        "softcap": loss.softcap,
+    }
+
+
+def _run_rows(loss: "_SoftmaxLoss | KLDivLoss", fields: Fields, logits: Logits, divisor: float, ask: Ask):
+    """A job with what is asked for, run and reduced."""
+    factor, row_factors = as_upstream(ask.upstream, loss.reduction, logits)
+    scale = factor * reduction.gradient_scale(divisor)
+    plan = make_call_plan(logits, loss.n_threads, wide=loss.wide)
     row_losses = np.empty(plan.n_rows, plan.compute_dtype) if loss.reduction == "none" else None
-    job = Job(
-        checked.rows,
-        call.rows,
-        soft=call.soft,
-        on=on,
-        off=off,
-        z_loss=loss.z_loss,
-        upstream=row_factors,
-        scale=factor * reduction.gradient_scale(call.divisor),
-        loss=row_losses,
-    )
-    loss_sum = _emit(job, plan, "gradient", grad, checked.axis)
+    fields |= {"upstream": row_factors, "loss": row_losses, "scale": scale / loss.temperature}
+    grad = hess = None
+    if ask.gradient:
+        grad = inputs.as_out(ask.out, logits, _read(fields))
+    if ask.hessian:
+        hess = inputs.as_out(None, logits, {})
+        fields |= {"hess": inputs.class_last(hess, logits.axis), "floor": _hess_floor(hess.dtype)}
+        fields["hess_scale"] = scale / loss.temperature**2
+    loss_sum = emit(fields, plan, "gradient", grad, logits.axis)
     if row_losses is not None:
-        return row_losses.reshape(checked.outer_shape), grad
-    return reduction.reduced(loss_sum, call.divisor), grad
+        return result_rows(row_losses, logits), grad, hess
+    return reduction.reduced(loss_sum, divisor), grad, hess
 
 
-def _read(call: Call, row_factors: np.ndarray | None) -> dict[str, np.ndarray | None]:
+def _hess_floor(dtype: np.dtype) -> float:
+    """The least Hessian of a row that counts: boosting divides by sums of them."""
+    return 2.0**-24 if dtype == np.float16 else 1e-16
+
+
+def result_rows(row_losses: np.ndarray, logits: Logits) -> np.ndarray:
+    """Row losses in the result's dtype and shape."""
+    dtype = np.float64 if logits.rows.dtype == np.float64 else np.float32
+    with np.errstate(over="ignore", under="ignore"):
+        return row_losses.astype(dtype, copy=False).reshape(logits.outer_shape)
+
+
+def _read(fields: Fields) -> Arrays:
     """The arrays that are read while a gradient is written, by name."""
-    rows, target = call.rows, call.soft if call.soft is not None else call.rows.target
-    return {"target": target, "weight": rows.weight, "sample_weight": rows.sample_weight, "upstream": row_factors}
+    rows, soft = fields["rows"], fields["soft"]
+    target = rows.target if soft is None else soft
+    return {
+        "target": target,
+        "weight": rows.weight,
+        "sample_weight": rows.sample_weight,
+        "upstream": fields["upstream"],
+    }
 
 
-def _emit(job: Job, plan: Plan, what: str, out: np.ndarray | None, axis: int) -> float:
-    """Run the job with its output in `out`, if any; by way of a copy where kernels cannot write to it."""
+def emit(fields: Fields, plan: Plan, what: str, out: np.ndarray | None, axis: int) -> float:
+    """Run a job with its output in `out`, if any; by way of a copy where kernels cannot write to it."""
     if out is None:
-        return backends.active().run(job, plan)
-    fit = out.dtype.isnative and out.flags.aligned
-    place = out if fit else np.empty(out.shape, job.logits.dtype)
-    job = replace(job, out=inputs.class_last(place, axis), emit=what)
-    loss_sum = backends.active().run(job, plan)
-    if not fit:
+        return backends.active().run(Job(**fields), plan)
+    place = _writable(out)
+    loss_sum = backends.active().run(Job(**fields, out=inputs.class_last(place, axis), emit=what), plan)
+    if place is not out:
         out[...] = place
     return loss_sum
+
+
+def _writable(out: np.ndarray) -> np.ndarray:
+    if out.dtype.isnative and out.flags.aligned:
+        return out
+    return np.empty(out.shape, out.dtype.newbyteorder("="))
 
 
 def transform(what: str, logits, *, class_axis, n_threads, out=None) -> np.ndarray:
     """softmax ("gradient" of logsumexp) or log_softmax, in logits' shape and dtype."""
     checked = inputs.as_logits(logits, class_axis)
     result = inputs.as_out(out, checked, {})
-    _emit(Job(checked.rows), _plan(checked, n_threads), what, result, checked.axis)
+    emit({"logits": checked.rows}, make_call_plan(checked, n_threads), what, result, checked.axis)
     return result
 
 
 def logsumexp(logits, *, class_axis, n_threads) -> np.ndarray:
     """log sum_k exp(x_k) of each row, in the compute dtype."""
     checked = inputs.as_logits(logits, class_axis)
-    plan = _plan(checked, n_threads)
+    plan = make_call_plan(checked, n_threads)
     lse = np.empty(plan.n_rows, plan.compute_dtype)
     backends.active().run(Job(checked.rows, lse=lse), plan)
     return lse.reshape(checked.outer_shape)
 
 
-def picked_loss(loss: "NLLLoss", log_probs, target, sample_weight, *, gradient=False, out=None, upstream=None):
+def entropy(logits, *, class_axis, temperature, n_threads) -> np.ndarray:
+    """sum_k p_k (lse - z_k) of each row: minus the divergence from a distribution whose log is 0."""
+    checked = inputs.as_logits(logits, class_axis)
+    plan = make_call_plan(checked, n_threads, wide=True)
+    values = np.empty(plan.n_rows, plan.compute_dtype)
+    backends.active().run(Job(checked.rows, rule="kl_reverse", temperature=temperature, loss=values), plan)
+    return result_rows(0.0 - values, checked)  # and no entropy of -0
+
+
+def element_loss(loss: "_BinaryLoss", logits, target, sample_weight, ask: Ask = VALUE):
+    """(value, gradient or None, Hessian or None) of a loss of elements: binary, multi-label."""
+    given = inputs.as_float_array(logits, loss.input_name)
+    shape = given.shape
+    job = ElementJob(
+        inputs.readable(given),
+        inputs.as_binary_target(target, shape),
+        loss.rule,
+        weight=inputs.as_operand(loss.weight, shape, "weight"),
+        pos_weight=inputs.as_operand(loss.pos_weight, shape, "pos_weight"),
+        sample_weight=inputs.as_element_weight(sample_weight, shape),
+        gamma=loss.focus[0],
+        alpha=loss.focus[1],
+        on=1 - loss.label_smoothing,
+        off=loss.label_smoothing / 2,
+    )
+    if loss.check_target and ask.out is not None:  # before it may overwrite the logits
+        inputs.check_unit_interval("target", job.target, job.sample_weight)
+    if loss.rule == "binary_probability":
+        inputs.check_unit_interval(loss.input_name, job.logits, job.sample_weight)
+    divisor = _element_divisor(loss.reduction, job)
+    factor, per_element = 1.0, None
+    if ask.upstream is not None and loss.reduction == "none":
+        per_element = inputs.as_operand(ask.upstream, shape, "upstream")
+    elif ask.upstream is not None:
+        factor = _as_number(ask.upstream, loss.reduction)
+    scale = factor * reduction.gradient_scale(divisor)
+    dtype = np.float64 if job.logits.dtype == np.float64 else np.float32
+    losses = np.empty(shape, dtype) if loss.reduction == "none" else None
+    grad = hess = place = None
+    if ask.gradient:
+        others = {"target": job.target, "weight": job.weight, "pos_weight": job.pos_weight}
+        others |= {"sample_weight": job.sample_weight, "upstream": per_element}
+        grad = inputs.as_out(ask.out, Logits(given, job.logits, 0), others)
+        place = _writable(grad)
+    if ask.hessian:
+        hess = np.empty(shape, job.logits.dtype)
+        job = replace(job, hess=hess, floor=_hess_floor(hess.dtype))
+    job = replace(job, upstream=per_element, out=place, loss=losses, scale=scale, hess_scale=scale)
+    n_threads = threads.resolve(loss.n_threads, given.size, backends.active().max_threads)
+    plan = make_plan((given.size,), 1, job.logits.dtype, n_threads, wide=loss.wide)
+    loss_sum, bad_target = backends.active().run_elements(_flat(job), plan)
+    if bad_target and loss.check_target:
+        inputs.check_unit_interval("target", job.target, job.sample_weight)
+    if grad is not None and place is not grad:
+        grad[...] = place
+    value = reduction.reduced(loss_sum, divisor) if losses is None else losses
+    return value, grad, hess
+
+
+_OPERANDS = ("logits", "target", "weight", "pos_weight", "sample_weight", "upstream", "out", "hess", "loss")
+
+
+def _flat(job: ElementJob) -> ElementJob:
+    """The same elements as one axis where that needs no copy, and as one at least."""
+    arrays = {name: array for name in _OPERANDS if (array := getattr(job, name)) is not None}
+    if job.logits.ndim == 0 or all(array.flags.c_contiguous for array in arrays.values()):
+        return replace(job, **{name: array.reshape(-1) for name, array in arrays.items()})
+    return job
+
+
+def _element_divisor(how: str, job: ElementJob) -> float:
+    """The number of elements, or the sum of their sample weights."""
+    if how != "mean":
+        return 1.0
+    if job.sample_weight is None:
+        return float(job.logits.size)
+    return float(job.sample_weight.sum(dtype=np.float64))
+
+
+def picked_loss(loss: "NLLLoss", log_probs, target, sample_weight, ask: Ask = VALUE):
     """(value, gradient or None) of -w_t log_probs_t: no statistics, only the target's element of each row."""
-    checked = inputs.as_logits(log_probs, loss.class_axis, "log_probs")
-    call = _check(loss, checked, target, sample_weight)
+    checked = inputs.as_logits(log_probs, loss.class_axis, "log_probs", target)
+    call = check_call(loss, checked, target, sample_weight)
     if call.rows.target is None:
         raise TypeError("target holds class probabilities; nll_loss takes class indices (an integer dtype)")
-    factor, row_factors = _as_upstream(upstream, loss, checked)
-    grad = inputs.as_out(out, checked, _read(call, row_factors)) if gradient else None
+    factor, row_factors = as_upstream(ask.upstream, loss.reduction, checked)
+    grad = None
+    if ask.gradient:
+        rows = call.rows
+        others = {"target": rows.target, "sample_weight": rows.sample_weight, "upstream": row_factors}
+        grad = inputs.as_out(ask.out, checked, others)
     counts, picked, weights = _pick(call.rows)
     place = picked.reshape(*checked.outer_shape, 1)
     values = -np.take_along_axis(checked.rows, place, -1).reshape(-1).astype(np.float64)
@@ -137,8 +306,7 @@ def picked_loss(loss: "NLLLoss", log_probs, target, sample_weight, *, gradient=F
             grad[...] = 0
             np.put_along_axis(inputs.class_last(grad, checked.axis), place, slope.reshape(place.shape), -1)
     if loss.reduction == "none":
-        dtype = np.float64 if checked.rows.dtype == np.float64 else np.float32
-        return row_losses.astype(dtype).reshape(checked.outer_shape), grad
+        return result_rows(row_losses, checked), grad
     return reduction.reduced(float(row_losses.sum()), call.divisor), grad
 
 

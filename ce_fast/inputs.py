@@ -6,6 +6,8 @@ array, and integers in place of floats.
 
 import math
 import operator
+import sys
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral, Real
@@ -63,7 +65,7 @@ def is_index(dtype: np.dtype) -> bool:
     return dtype.kind in "iu"
 
 
-def _readable(array: np.ndarray) -> np.ndarray:
+def readable(array: np.ndarray) -> np.ndarray:
     """The array itself, or a copy of it that kernels can read."""
     if not array.dtype.isnative:
         return array.astype(array.dtype.newbyteorder("="))
@@ -81,6 +83,31 @@ def as_float_array(value, name: str) -> np.ndarray:
     return array
 
 
+def warn_if_probabilities(logits: Logits) -> None:
+    """The commonest mistake: softmax's output where its input belongs. Looks at a few rows, and at most at one of
+    ordinary logits: half of those leave at the first element."""
+    rows, outer = logits.rows, logits.outer_shape
+    if rows.size == 0 or logits.n_classes < 2:
+        return
+    if not all(0 <= x <= 1 for x in rows[(0,) * len(outer)][:4].tolist()):
+        return
+    n_rows, slack = math.prod(outer), 2e-2 if rows.itemsize == 2 else 1e-3
+    for i in np.linspace(0, n_rows - 1, min(n_rows, 16)).astype(int):
+        row = rows[np.unravel_index(i, outer)] if outer else rows
+        if not (row.min() >= 0 and row.max() < 1 and abs(float(row.sum(dtype=np.float64)) - 1) <= slack):
+            return
+    depth, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "ce_fast":
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(
+        "logits look like probabilities: rows are non-negative and sum to 1. Losses of logits apply softmax "
+        "themselves; pass the logits, or the logarithms of the probabilities. If these are logits, silence this by "
+        "warnings.filterwarnings('ignore', message='logits look like probabilities')",
+        UserWarning,
+        stacklevel=depth,
+    )
+
+
 def check_class_axis(class_axis):
     if class_axis is None:
         return None
@@ -95,7 +122,7 @@ def class_last(array: np.ndarray, axis: int) -> np.ndarray:
     return array if axis == array.ndim - 1 else np.moveaxis(array, axis, -1)
 
 
-def _class_axis(axis: int | None, shape: tuple[int, ...], name: str) -> int:
+def _class_axis(axis: int | None, shape: tuple[int, ...], name: str, target) -> int:
     ndim = len(shape)
     if ndim == 0:
         raise ValueError(f"{name} is a scalar; expected an array of shape (n_classes,) or (n_rows, n_classes)")
@@ -104,7 +131,7 @@ def _class_axis(axis: int | None, shape: tuple[int, ...], name: str) -> int:
             raise ValueError(
                 f"{name} of shape {shape} needs class_axis: class_axis=1 if it is laid out as (batch, classes, ...), "
                 f"which makes {shape[1]} classes, or class_axis=-1 if as (batch, ..., classes), "
-                f"which makes {shape[-1]} classes"
+                f"which makes {shape[-1]} classes" + _fitting_axis(shape, np.shape(target))
             )
         return ndim - 1
     if not -ndim <= axis < ndim:
@@ -112,12 +139,25 @@ def _class_axis(axis: int | None, shape: tuple[int, ...], name: str) -> int:
     return axis % ndim
 
 
-def as_logits(value, class_axis: int | None, name: str = "logits") -> Logits:
+def as_logits(value, class_axis: int | None, name: str = "logits", target=()) -> Logits:
     given = as_float_array(value, name)
-    axis = _class_axis(class_axis, given.shape, name)
+    axis = _class_axis(class_axis, given.shape, name, target)
     if given.shape[axis] == 0:
         raise ValueError(f"{name} of shape {given.shape} has no classes along axis {axis}; expected at least 1")
-    return Logits(given, class_last(_readable(given), axis), axis)
+    return Logits(given, class_last(readable(given), axis), axis)
+
+
+def _fitting_axis(shape: tuple[int, ...], outer: tuple[int, ...]) -> str:
+    """What to say where a target of shape `outer` has the shape of the logits without one of their axes."""
+    axes = [axis for axis in range(len(shape)) if shape[:axis] + shape[axis + 1 :] == outer]
+    return f"; for this target class_axis={axes[0]} would fit" if axes else ""
+
+
+def _binary_hint(target: np.ndarray) -> str:
+    """What to say of floating targets that no softmax loss takes, and that hold labels 0 and 1."""
+    if not ((target == 0) | (target == 1)).all():
+        return ""
+    return "; for labels 0 and 1 of a binary or multi-label problem use binary_cross_entropy_with_logits"
 
 
 def as_targets(value, logits: Logits) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -130,9 +170,9 @@ def as_targets(value, logits: Logits) -> tuple[np.ndarray | None, np.ndarray | N
         if target.shape != outer:
             raise ValueError(
                 f"target of class indices has shape {target.shape}; expected {outer}, "
-                f"the shape {full} of logits without its class axis {logits.axis}"
+                f"the shape {full} of logits without its class axis {logits.axis}" + _fitting_axis(full, target.shape)
             )
-        return np.ascontiguousarray(_readable(target)).reshape(-1), None
+        return np.ascontiguousarray(readable(target)).reshape(-1), None
     if not is_float(target.dtype):
         raise TypeError(
             f"target has dtype {target.dtype}; expected an integer dtype (class indices) "
@@ -141,66 +181,134 @@ def as_targets(value, logits: Logits) -> tuple[np.ndarray | None, np.ndarray | N
     if target.shape != full:
         raise ValueError(
             f"target of dtype {target.dtype} has shape {target.shape}; class probabilities need the shape {full} of "
-            f"logits, and class indices (shape {outer}) an integer dtype"
+            f"logits, and class indices (shape {outer}) an integer dtype" + _binary_hint(target)
         )
-    return None, class_last(_readable(target), logits.axis)
+    return None, class_last(readable(target), logits.axis)
+
+
+def check_distribution(soft: np.ndarray) -> None:
+    """ValueError for labels 0 and 1 of many samples that came as the class probabilities of one."""
+    if soft.ndim == 1 and soft.sum() != 1 and (hint := _binary_hint(soft)):
+        raise ValueError(f"target of shape {soft.shape} sums to {soft.sum()}: no class probabilities{hint}")
+
+
+def as_distribution(value, logits: Logits, name: str = "target") -> np.ndarray:
+    """The logits, or log-probabilities, of another distribution over the same classes; class axis last."""
+    other = as_float_array(value, name)
+    if other.shape != logits.given.shape:
+        raise ValueError(f"{name} has shape {other.shape}; expected {logits.given.shape}, that of the other logits")
+    return class_last(readable(other), logits.axis)
+
+
+def _as_real(value, name: str) -> np.ndarray:
+    array = as_array(value, name)
+    if not (is_float(array.dtype) or array.dtype.kind in "iub"):
+        raise TypeError(f"{name} has dtype {array.dtype}; expected a real or boolean dtype")
+    return array
+
+
+def as_operand(value, shape: tuple[int, ...], name: str) -> np.ndarray | None:
+    """An array of real or boolean dtype, broadcast to `shape` without a copy."""
+    if value is None:
+        return None
+    array = _as_real(value, name)
+    try:
+        return np.broadcast_to(readable(array), shape)
+    except ValueError:
+        raise ValueError(f"{name} has shape {array.shape}; expected one that broadcasts to {shape}") from None
+
+
+def check_weights(array: np.ndarray, name: str, *, negative: bool = False) -> np.ndarray:
+    good = np.isfinite(array) & (negative | (array >= 0))
+    if not good.all():
+        wanted = "finite values" + ("" if negative else " of at least 0")
+        raise ValueError(f"{name}{_first_bad(array, good)}; expected {wanted}")
+    return array
+
+
+def as_binary_weight(value, name: str, *, negative: bool = False) -> np.ndarray | None:
+    """A read-only copy, of any shape."""
+    if value is None:
+        return None
+    weight = check_weights(_as_real(value, name).copy(), name, negative=negative)
+    weight.flags.writeable = False
+    return weight
+
+
+def as_binary_target(value, shape: tuple[int, ...]) -> np.ndarray:
+    target = _as_real(value, "target")
+    if target.shape != shape:
+        raise ValueError(f"target has shape {target.shape}; expected {shape}, that of logits: a label each")
+    return readable(target)
+
+
+def as_element_weight(value, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Sample weights of elements: of their shape, or of their leading axes, one for all that lies under it."""
+    if value is None:
+        return None
+    weight = check_weights(_as_real(value, "sample_weight"), "sample_weight")
+    if weight.shape != shape[: weight.ndim]:
+        raise ValueError(f"sample_weight has shape {weight.shape}; expected {shape}, or its leading axes")
+    return as_operand(weight.reshape(weight.shape + (1,) * (len(shape) - weight.ndim)), shape, "sample_weight")
+
+
+def check_unit_interval(name: str, values: np.ndarray, sample_weight: np.ndarray | None) -> None:
+    """ValueError at the first value that counts and lies outside [0, 1]. NaN passes, for it gives NaN."""
+    with np.errstate(invalid="ignore"):
+        if values.size == 0 or (values.min() >= 0 and values.max() <= 1):  # neither is said of NaN
+            return
+        good = ~((values < 0) | (values > 1))
+    if sample_weight is not None:
+        good |= sample_weight == 0
+    if not good.all():
+        raise ValueError(f"{name}{_first_bad(values, good)}; expected 0 <= {name} <= 1")
 
 
 def as_row_values(value, logits: Logits, name: str) -> np.ndarray | None:
     """One float64 a row, flat."""
     if value is None:
         return None
-    array = as_array(value, name)
-    if not (is_float(array.dtype) or array.dtype.kind in "iub"):
-        raise TypeError(f"{name} has dtype {array.dtype}; expected a real or boolean dtype")
+    array = _as_real(value, name)
     if array.shape != logits.outer_shape:
         raise ValueError(f"{name} has shape {array.shape}; expected {logits.outer_shape}, one value a row of logits")
-    return np.ascontiguousarray(_readable(array), np.float64).reshape(-1)
+    return np.ascontiguousarray(readable(array), np.float64).reshape(-1)
 
 
-def _first_bad(array: np.ndarray, good: np.ndarray, shape: tuple[int, ...]) -> str:
-    at = int(np.argmin(good))
-    position = ", ".join(str(i) for i in np.unravel_index(at, shape))
-    return f"[{position}] is {array.reshape(-1)[at]}"
+def _first_bad(array: np.ndarray, good: np.ndarray) -> str:
+    at = np.unravel_index(int(np.argmin(good)), array.shape)
+    position = f"[{', '.join(str(i) for i in at)}]" if at else ""
+    return f"{position} is {array[at]}"
 
 
 def as_sample_weight(value, logits: Logits) -> np.ndarray | None:
     weight = as_row_values(value, logits, "sample_weight")
     if weight is None:
         return None
-    good = np.isfinite(weight) & (weight >= 0)
-    if not good.all():
-        raise ValueError(
-            f"sample_weight{_first_bad(weight, good, logits.outer_shape)}; expected finite values of at least 0"
-        )
+    check_weights(weight.reshape(logits.outer_shape), "sample_weight")
     return weight
 
 
-def as_class_weight(value, *, negative: bool = False) -> np.ndarray | None:
+def as_class_weight(value, *, negative: bool = False, name: str = "weight") -> np.ndarray | None:
     """A float64 copy, read-only: the options of a loss do not change under it."""
     if value is None:
         return None
-    array = as_array(value, "weight")
+    array = as_array(value, name)
     if not (is_float(array.dtype) or array.dtype.kind in "iu"):
-        raise TypeError(f"weight has dtype {array.dtype}; expected a real dtype")
+        raise TypeError(f"{name} has dtype {array.dtype}; expected a real dtype")
     if array.ndim != 1:
-        raise ValueError(f"weight has shape {array.shape}; expected (n_classes,)")
-    weight = np.array(array, np.float64)
-    good = np.isfinite(weight) & (negative | (weight >= 0))
-    if not good.all():
-        wanted = "finite values" + ("" if negative else " of at least 0")
-        raise ValueError(f"weight{_first_bad(weight, good, weight.shape)}; expected {wanted}")
+        raise ValueError(f"{name} has shape {array.shape}; expected (n_classes,)")
+    weight = check_weights(np.array(array, np.float64), name, negative=negative)
     weight.flags.writeable = False
     return weight
 
 
-def check_weight(weight: np.ndarray | None, logits: Logits) -> None:
+def check_weight(weight: np.ndarray | None, logits: Logits, name: str = "weight") -> None:
     """The parts of a class weight's checks that need the logits."""
     if weight is None:
         return
     if weight.shape[0] != logits.n_classes:
         raise ValueError(
-            f"weight has {weight.shape[0]} values; expected {logits.n_classes}, "
+            f"{name} has {weight.shape[0]} values; expected {logits.n_classes}, "
             f"the classes along axis {logits.axis} of logits of shape {logits.given.shape}"
         )
     if logits.rows.dtype == np.float64:
@@ -208,8 +316,8 @@ def check_weight(weight: np.ndarray | None, logits: Logits) -> None:
     size = np.abs(weight)  # masses are float32, and so are sums of them
     good = (size == 0) | ((size > 1e-30) & (size < 1e30))
     if not good.all():
-        bad = _first_bad(weight, good, weight.shape)
-        raise ValueError(f"weight{bad}; {logits.given.dtype} logits take 0, or magnitudes from 1e-30 to 1e30")
+        bad = _first_bad(weight, good)
+        raise ValueError(f"{name}{bad}; {logits.given.dtype} logits take 0, or magnitudes from 1e-30 to 1e30")
 
 
 def check_targets(rows: backends.Rows, logits: Logits) -> tuple[int, float]:

@@ -1,5 +1,7 @@
 """How a call is cut into work: a pure function of shapes, dtype and thread count."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,14 +25,32 @@ class Plan:
     n_threads: int
 
 
-def make_plan(outer_shape: tuple[int, ...], n_classes: int, dtype: np.dtype, n_threads: int) -> Plan:
-    n_rows = 1
-    for n in outer_shape:
-        n_rows *= n
+def make_plan(
+    outer_shape: tuple[int, ...], n_classes: int, dtype: np.dtype, n_threads: int, *, wide: bool = False
+) -> Plan:
+    """wide: compute in float64 whatever the dtype, for a loss that magnifies what is rounded."""
+    n_rows = math.prod(outer_shape)
     block_rows = max(1, BLOCK_LOGITS // n_classes)
     n_blocks = -(-n_rows // block_rows)
     n_threads = max(1, min(n_threads, n_blocks, MOST_THREADS))
     fair = n_blocks // (4 * n_threads)  # no thread waits long for the last chunk of another
     chunk_blocks = max(1, min(fair, CHUNK_BYTES // (block_rows * n_classes * dtype.itemsize)))
-    compute_dtype = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    compute_dtype = np.dtype(np.float64 if wide or dtype == np.float64 else np.float32)
     return Plan(compute_dtype, n_rows, n_classes, block_rows, chunk_blocks, n_threads)
+
+
+def row_blocks(outer_shape: tuple[int, ...], most: int, first: int = 0) -> Iterator[tuple[tuple, slice]]:
+    """(index into the outer axes, the same rows counted in C order) of blocks of at most `most` rows, or of one."""
+    if not outer_shape:
+        yield (), slice(first, first + 1)
+        return
+    inner = math.prod(outer_shape[1:])
+    if inner > most:
+        for i in range(outer_shape[0]):
+            for index, rows in row_blocks(outer_shape[1:], most, first + i * inner):
+                yield (i, *index), rows
+        return
+    step = max(1, most // max(inner, 1))
+    for i in range(0, outer_shape[0], step):
+        last = min(i + step, outer_shape[0])
+        yield (slice(i, last),), slice(first + i * inner, first + last * inner)

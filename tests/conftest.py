@@ -12,9 +12,10 @@ from hypothesis import settings
 import ce_fast as ce
 
 # The same examples at every run, so that a change and nothing else makes a test fail;
-# HYPOTHESIS_PROFILE=explore looks for new ones, ten times as many.
+# HYPOTHESIS_PROFILE=explore looks for new ones, ten times as many; HYPOTHESIS_PROFILE=long takes fifty times as many.
 settings.register_profile("default", derandomize=True, deadline=None, max_examples=200)
 settings.register_profile("explore", derandomize=False, deadline=None, max_examples=2000)
+settings.register_profile("long", derandomize=True, deadline=None, max_examples=10_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 ml_dtypes = pytest.importorskip("ml_dtypes")

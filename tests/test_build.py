@@ -12,9 +12,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = {
-    "__init__", "config", "engine", "inputs", "losses", "plan", "reduction", "threads",
+    "__init__", "config", "distillation", "engine", "inputs", "losses", "plan", "reduction", "threads",
     "backends/__init__", "backends/compiled", "backends/numba",
     "adapters/__init__", "adapters/numpy", "adapters/sklearn", "adapters/torch",
+    "adapters/torch_autograd",
 }  # fmt: skip
 C_SOURCES = {path.name for path in (ROOT / "ce_fast/csrc").iterdir()}
 

@@ -1,4 +1,4 @@
-"""Every example in a docstring or in the README runs, and gives what it says."""
+"""Every example in a docstring or in the README runs and gives what it says; the contributing guide shows real code."""
 
 import doctest
 import importlib
@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+import ce_fast as ce
 from accuracy import DTYPES
 from ce_fast import workloads
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README, GUIDE = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 MODULES = [
-    "ce_fast", "ce_fast.backends", "ce_fast.bench", "ce_fast.config", "ce_fast.losses",
+    "ce_fast", "ce_fast.backends", "ce_fast.bench", "ce_fast.config", "ce_fast.distillation", "ce_fast.losses",
     "ce_fast.adapters.numpy", "ce_fast.adapters.sklearn", "ce_fast.adapters.torch",
 ]  # fmt: skip
 
@@ -24,8 +26,8 @@ def test_docstring_examples_give_what_they_say(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
-def blocks():
-    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if README.exists() else []
+def blocks(path=README, language="python"):
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), re.DOTALL) if path.exists() else []
 
 
 @pytest.mark.parametrize("block", blocks(), ids=lambda block: block.splitlines()[0][:40])
@@ -42,7 +44,32 @@ def test_readme_has_an_example_for_each_adapter():
     assert all(name in text for name in ("import ce_fast as ce", "ce_fast.adapters.sklearn", "ce_fast.adapters.torch"))
 
 
+def test_readme_names_all_that_is_public():
+    text = README.read_text()
+    assert [name for name in ce.__all__ if not name.startswith("_") and not re.search(rf"\b{name}\b", text)] == []
+
+
 def test_readme_shows_every_workload_and_every_dtype_that_the_commands_measure():
     text = README.read_text()
     assert all(f"| {work.work} {list(work.shape)} |" in text for work in workloads.WORKLOADS)
     assert all(f"| {name} | loss |" in text for name in DTYPES)
+
+
+def added_lines():
+    """(path, line) of every line that a diff of the contributing guide adds, but blank ones."""
+    for block in blocks(GUIDE, "diff"):
+        path = None
+        for line in block.splitlines():
+            if line.startswith("+++ "):
+                path = line.removeprefix("+++ b/")
+            elif line.startswith("+") and line[1:].strip():
+                yield path, line[1:].strip()
+
+
+def test_the_contributing_guide_adds_a_loss_by_lines_that_are_there():
+    added = list(added_lines())
+    kinds = {Path(path).suffix for path, _ in added}
+    assert kinds == {".h", ".pyx", ".py"}, "the guide shows the kernels, Cython and Python"
+    files = {path: [line.strip() for line in (ROOT / path).read_text().splitlines()] for path, _ in added}
+    gone = [f"{path}: {line}" for path, line in added if line not in files[path]]
+    assert not gone, "the guide shows lines that are not in the code:\n" + "\n".join(gone)

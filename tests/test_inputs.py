@@ -230,8 +230,8 @@ def test_class_weights_beyond_float32_need_float64_logits():
 
 
 def test_unknown_options_are_refused():
-    with pytest.raises(TypeError, match="temperature"):
-        ce.CrossEntropyLoss(temperature=2.0)
+    with pytest.raises(TypeError, match="warmth"):
+        ce.CrossEntropyLoss(warmth=2.0)
 
 
 def overlapping(kind):

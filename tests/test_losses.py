@@ -13,14 +13,30 @@ from tolerances import assert_grad_close, assert_loss_close
 # either side of the vectors (4 to 16), of the padding (32) and of the tiles (1024) of the kernels
 WIDTHS = [1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 64, 100, 1023, 1024, 1025, 2100]
 
+# class -> the oracle's name of its rule, and its own of the rule's parameter
+RULES = {
+    ce.CrossEntropyLoss: ("cross_entropy", None),
+    ce.FocalLoss: ("focal", "gamma"),
+    ce.PolyLoss: ("poly", "epsilon"),
+    ce.GeneralizedCrossEntropyLoss: ("generalized", "q"),
+}
 
-def check(logits, target, *, sample_weight=None, upstream=None, in_place=False, **options):
+
+def oracle(logits, target, *, loss_class=ce.CrossEntropyLoss, **options):
+    """What the oracle says of a loss class and its options."""
+    rule, param = RULES[loss_class]
+    options.pop("n_threads", None)
+    if options.get("class_axis") is None:
+        options["class_axis"] = -1
+    return reference.cross_entropy(logits, target, rule=rule, param=options.pop(param, 0.0), **options)
+
+
+def check(
+    logits, target, *, loss_class=ce.CrossEntropyLoss, sample_weight=None, upstream=None, in_place=False, **options
+):
     """Value and gradient equal the oracle's; a call without a gradient gives the same value."""
-    loss = ce.CrossEntropyLoss(**options)
-    oracle_options = {k: v for k, v in options.items() if k != "n_threads"}
-    if oracle_options.get("class_axis") is None:
-        oracle_options["class_axis"] = -1
-    expected = reference.cross_entropy(logits, target, sample_weight=sample_weight, upstream=upstream, **oracle_options)
+    loss = loss_class(**options)
+    expected = oracle(logits, target, loss_class=loss_class, sample_weight=sample_weight, upstream=upstream, **options)
     reduction = options.get("reduction", "mean")
     before = logits.copy()
     value = loss(logits, target, sample_weight)
@@ -110,6 +126,67 @@ def test_any_class_axis_equals_the_oracle(variant, dtype, axis, rng):
     check(logits, probabilities(rng, shape, dtype, axis), class_axis=axis)
 
 
+@pytest.mark.parametrize("softcap", [None, 0.5, 30.0, 1e4])
+@pytest.mark.parametrize("temperature", [1.0, 0.07, 0.5, 3.7, 1e3])
+def test_temperature_and_softcap_equal_the_oracle(variant, dtype, temperature, softcap, rng):
+    for n_classes in (1, 3, 33, 1025):
+        logits, target = normal(rng, (5, n_classes), dtype), rng.integers(0, n_classes, 5)
+        check(logits, target, temperature=temperature, softcap=softcap, reduction="none")
+        check(
+            logits,
+            target,
+            temperature=temperature,
+            softcap=softcap,
+            weight=rng.random(n_classes) + 0.1,
+            label_smoothing=0.2,
+            z_loss=1e-3,
+            in_place=True,
+        )
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_class_probabilities_with_temperature_and_softcap_equal_the_oracle(variant, dtype, softcap, rng):
+    for n_classes in (1, 3, 33, 1025):
+        shape = (5, n_classes)
+        check(
+            normal(rng, shape, dtype),
+            probabilities(rng, shape, dtype),
+            temperature=0.3,
+            softcap=softcap,
+            label_smoothing=0.1,
+            sample_weight=rng.random(5) + 0.1,
+        )
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_any_class_axis_with_temperature_and_softcap_equals_the_oracle(variant, dtype, axis, rng):
+    shape = (4, 5, 6)
+    target = rng.integers(0, shape[axis], np.delete(shape, axis))
+    for softcap in (None, 8.0):
+        logits = normal(rng, shape, dtype)
+        check(logits, target, class_axis=axis, temperature=0.7, softcap=softcap, reduction="none", in_place=True)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5, 3.7])
+def test_temperature_keeps_every_digit_far_from_the_origin(variant, temperature, rng):
+    """Logits around 1e6 are a multiple of the temperature away: only their differences are divided by it."""
+    base = rng.integers(-30, 1, (8, 50)).astype(np.float64)
+    for offset in (0.0, 5000.0, -70000.0, 1e6):
+        for dtype in (np.float64, np.float32):
+            check((base + offset).astype(dtype), rng.integers(0, 50, 8), temperature=temperature, reduction="none")
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "one_late_peak"])
+def test_a_moving_reference_keeps_every_digit_at_any_temperature(variant, dtype, order, rng):
+    row = {"rising": np.linspace(-60, 30, 3000), "falling": np.linspace(30, -60, 3000)}.get(order)
+    if row is None:
+        row = rng.standard_normal(3000)
+        row[-3] = 40.0
+    logits, target = np.tile(row, (3, 1)).astype(dtype), np.array([0, 1500, 2999])
+    for temperature, softcap in ((0.07, None), (3.7, None), (1.0, 20.0), (0.5, 50.0)):
+        check(logits, target, temperature=temperature, softcap=softcap, reduction="none", label_smoothing=0.1)
+
+
 def test_large_offsets_change_nothing(variant, rng):
     """Exact also for logits around 1e6 and -1e30, where x - max is all that is left."""
     base = rng.integers(-30, 1, (8, 50)).astype(np.float64)
@@ -145,11 +222,38 @@ def test_confident_rows_keep_their_digits(variant):
     assert abs(grad[0, 0] / float(expected.grad[0, 0]) - 1) < 3 * 2**-24
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("temperature", [0.07, 0.5, 3.0])
+def test_tiny_losses_keep_their_digits_at_any_temperature(variant, dtype, temperature):
+    for gap in (5.0, 20.0, 60.0):
+        check(np.array([[gap * temperature, 0.0, 0.0]], dtype), np.array([0]), temperature=temperature)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("softcap", [5.0, 20.0, 30.0, 300.0])
+def test_tiny_losses_and_slopes_under_a_softcap_keep_their_digits(variant, dtype, softcap):
+    """The slope of a flat cap is a small number, not what 1 - 1 leaves of it."""
+    logits = np.array([[300.0, 0.0, -1.0], [15.0, 120.0, -200.0]], dtype)
+    check(logits, np.array([0, 1]), softcap=softcap, reduction="none")
+    check(logits, np.array([0, 1]), softcap=softcap, temperature=0.5, label_smoothing=0.1)
+
+
+# class and parameter; alpha of the focal loss is drawn apart
+COMBINED_RULES = [
+    (ce.CrossEntropyLoss, {}),
+    *((ce.FocalLoss, {"gamma": gamma}) for gamma in (0.0, 0.5, 1.0, 2.0, 3.5)),
+    *((ce.PolyLoss, {"epsilon": epsilon}) for epsilon in (-1.0, 0.0, 1.0, 4.0)),
+    *((ce.GeneralizedCrossEntropyLoss, {"q": q}) for q in (0.01, 0.7, 1.0)),
+]
 OPTIONS = st.fixed_dictionaries(
     {
         "shape": st.sampled_from([(6, 1), (6, 2), (5, 7), (4, 40), (3, 1030), (2, 3, 4), (2, 5, 2, 3), (0, 4), (9,)]),
         "dtype": st.sampled_from(DTYPES),
         "variant": st.sampled_from(VARIANTS),
+        "rule": st.sampled_from([COMBINED_RULES[0], *COMBINED_RULES]),
+        "alpha": st.sampled_from([None, "number", "by_class"]),
+        "temperature": st.sampled_from([1.0, 0.5, 0.07, 3.7]),
+        "softcap": st.sampled_from([None, 30.0, 2.0]),
         "soft": st.booleans(),
         "weight": st.sampled_from([None, "positive", "some_zero"]),
         "sample_weight": st.sampled_from([None, "float", "mask"]),
@@ -199,15 +303,21 @@ def test_options_combined_equal_the_oracle(o):
     if o["weight"]:
         weight = rng.random(n_classes) * (1 if o["weight"] == "positive" else rng.integers(0, 2, n_classes))
     sample_weight = {"float": rng.random(outer), "mask": rng.random(outer) < 0.7, None: None}[o["sample_weight"]]
+    loss_class, rule = o["rule"]
+    if loss_class is ce.FocalLoss:
+        rule = rule | {"alpha": {"number": 0.25, "by_class": rng.random(n_classes), None: None}[o["alpha"]]}
+    given = ("label_smoothing", "smoothing", "temperature", "softcap", "z_loss", "ignore_index", "reduction")
     with use(o["variant"]):
         check(
             logits,
             laid_out(target, o["layout"]) if target.ndim else target,
+            loss_class=loss_class,
             sample_weight=sample_weight,
             in_place=o["in_place"],
             weight=weight,
             class_axis=axis,
-            **{k: o[k] for k in ("label_smoothing", "smoothing", "z_loss", "ignore_index", "reduction", "denominator")},
+            **rule,
+            **{k: o[k] for k in (*given, "denominator")},
         )
 
 

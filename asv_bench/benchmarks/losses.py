@@ -58,7 +58,10 @@ class Dtypes:
 class Options:
     """What each option costs, of a loss with its gradient; "in place" and "none" are to compare with."""
 
-    params = ("none", "in place", "weight", "smoothing", "z_loss", "ignored half", "sample_weight", "soft target")
+    params = (
+        "none", "in place", "weight", "smoothing", "z_loss", "temperature", "softcap", "ignored half", "sample_weight",
+        "soft target",
+    )  # fmt: skip
     param_names = ("option",)
 
     def setup(self, option):
@@ -68,6 +71,8 @@ class Options:
             "weight": {"weight": np.linspace(0.5, 2.0, n_classes)},
             "smoothing": {"label_smoothing": 0.1},
             "z_loss": {"z_loss": 1e-4},
+            "temperature": {"temperature": 2.0},
+            "softcap": {"softcap": 30.0},
         }
         self.loss = ce_fast.CrossEntropyLoss(**options.get(option, {}))
         self.sample_weight = np.linspace(0.5, 2.0, n_rows) if option == "sample_weight" else None
@@ -79,6 +84,29 @@ class Options:
 
     def time_value_and_grad(self, option):
         self.loss.value_and_grad(self.logits, self.target, self.sample_weight, out=self.grad)
+
+
+class Rules:
+    """Losses of the same rows; a smoothed rule takes its terms class by class."""
+
+    params = (
+        ("FocalLoss", "PolyLoss", "GeneralizedCrossEntropyLoss", "KLDivLoss"),
+        ("hard", "smoothed"),
+    )
+    param_names = ("loss", "target")
+
+    def setup(self, name, kind):
+        self.logits, self.target = _logits(LONG)
+        options = {"label_smoothing": 0.1} if kind == "smoothed" else {}
+        if name == "KLDivLoss":
+            if options:
+                raise NotImplementedError("it has no target to smooth")
+            self.target = np.roll(self.logits, 1, axis=0)
+        self.loss = getattr(ce_fast, name)(**options)
+        self.grad = np.empty_like(self.logits)
+
+    def time_value_and_grad(self, name, kind):
+        self.loss.value_and_grad(self.logits, self.target, out=self.grad)
 
 
 class Backends:

@@ -5,6 +5,7 @@ A backend is a module with
     max_threads() -> int                                            its own limit, for n_threads=None
     scan_targets(rows, n_rows, n_classes) -> (bad, counted, weight_sum)
     run(job, plan) -> float                                         the sum of the row losses
+    run_elements(job, plan) -> (float, bool)                        the sum of the losses; whether a target is bad
     config() -> dict                                                for `ce_fast.show_config`
 """
 
@@ -34,26 +35,68 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One pass over logits. Arrays of logits' shape are views with the class axis last, of any strides.
+    """One pass over logits x. Arrays of logits' shape are views with the class axis last, of any strides.
 
-    mass_k = weight_k (on * q_k + off)               q: soft, or one-hot of target
-    loss_i = s_i [sum_k mass_k (lse - x_k) + w z_loss lse^2],   w = weight_target, 1 for soft
-    out_i  = upstream_i scale dloss_i/dx             emit="gradient"; softmax if there is no target
-    out_i  = x - lse                                 emit="log_softmax"
+    z = softcap tanh(x / softcap) / temperature;  n = lse - z = -log p;  mass_k = weight_k (on * q_k + off)
+
+    loss_i = s_i [sum_k mass_k f(n_k) + w z_loss lse^2]      f: the rule;  w = weight_target, 1 for soft
+    loss_i = s_i KL(q || p) or s_i KL(p || q)                rule="kl_forward", "kl_reverse"; soft: logits of q
+    out_i  = upstream_i scale dloss_i/dx, hess_i likewise    emit="gradient"; softmax if there is no target
+    out_i  = z - lse                                         emit="log_softmax"
     """
 
     logits: np.ndarray  # IN (outer..., n_classes)
     rows: Rows = Rows()  # IN
     soft: np.ndarray | None = None  # IN (outer..., n_classes) class probabilities
-    out: np.ndarray | None = None  # OUT (outer..., n_classes) of logits' dtype; may be logits itself
+    out: np.ndarray | None = None  # OUT (outer..., n_classes); may be logits itself
+    hess: np.ndarray | None = None  # OUT (outer..., n_classes) diagonal Hessian, with emit="gradient"
     emit: str | None = None  # None | "gradient" | "log_softmax"
     upstream: np.ndarray | None = None  # IN (n_rows,) float64
+    left_out: np.ndarray | None = None  # IN (n_rows, k) int64, in rising order: classes that are not there
+    rule: str = "cross_entropy"  # "focal" | "poly" | "generalized" | "kl_forward" | "kl_reverse"
+    parameter: float = 0.0  # of the rule: gamma, epsilon, q
     on: float = 1.0
     off: float = 0.0
     z_loss: float = 0.0
-    scale: float = 1.0
+    temperature: float = 1.0
+    softcap: float | None = None
+    log_probs: bool = False  # kl: logits and soft are log-probabilities, which no lse follows
+    scale: float = 1.0  # of the gradient by z / temperature
+    hess_scale: float = 1.0
+    floor: float = 0.0  # of the Hessian, in rows that count
     loss: np.ndarray | None = None  # OUT (n_rows,) of the compute dtype
     lse: np.ndarray | None = None  # OUT (n_rows,) of the compute dtype
+
+
+@dataclass(frozen=True, slots=True)
+class ElementJob:
+    """One pass over elements. Arrays have the shape of logits, with strides of 0 where they are broadcast.
+
+    y' = on y + off;  p = sigmoid(z)
+    loss = s w [(1 - y') softplus(z) + pos_weight y' softplus(-z)]            rule="binary"
+    loss = s w [-(1 - y') log(1 - x) - pos_weight y' log x], x = logits       rule="binary_probability"
+    loss = s c u^gamma ["binary"], u = y (1 - p) + (1 - y) p                  rule="binary_focal"
+           c = alpha y + (1 - alpha) (1 - y), or 1
+    out  = upstream scale dloss/dz, hess likewise
+    """
+
+    logits: np.ndarray  # IN
+    target: np.ndarray  # IN, of any real dtype
+    rule: str = "binary"
+    weight: np.ndarray | None = None  # IN, these of any real dtype
+    pos_weight: np.ndarray | None = None  # IN
+    sample_weight: np.ndarray | None = None  # IN
+    upstream: np.ndarray | None = None  # IN
+    out: np.ndarray | None = None  # OUT; may be logits itself
+    hess: np.ndarray | None = None  # OUT
+    loss: np.ndarray | None = None  # OUT
+    gamma: float = 0.0
+    alpha: float | None = None
+    on: float = 1.0
+    off: float = 0.0
+    scale: float = 1.0
+    hess_scale: float = 1.0
+    floor: float = 0.0
 
 
 def _missing(name: str) -> str | None:

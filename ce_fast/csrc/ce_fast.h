@@ -8,13 +8,23 @@
 
 #define CE_MAX_OUTER 63 /* NumPy's limit of 64 dimensions, less the class axis */
 
-typedef enum { CE_FLOAT64, CE_FLOAT32, CE_FLOAT16, CE_BFLOAT16 } ce_dtype;
-typedef enum { CE_INT8, CE_UINT8, CE_INT16, CE_UINT16, CE_INT32, CE_UINT32, CE_INT64, CE_UINT64 } ce_index_type;
+typedef enum {
+    CE_FLOAT64, CE_FLOAT32, CE_FLOAT16, CE_BFLOAT16,
+    CE_INT8, CE_UINT8, CE_INT16, CE_UINT16, CE_INT32, CE_UINT32, CE_INT64, CE_UINT64
+} ce_dtype;
 typedef enum { CE_NOTHING, CE_GRADIENT, CE_LOG_SOFTMAX } ce_emit;
+typedef enum { /* rules.h */
+    CE_CROSS_ENTROPY, CE_FOCAL, CE_POLY, CE_GENERALIZED, CE_KL_FORWARD, CE_KL_REVERSE,
+    CE_BINARY, CE_BINARY_PROBABILITY, CE_BINARY_FOCAL
+} ce_rule;
 
 typedef struct {
     double high, low; /* a sum, and what its roundings lost (sums.h) */
 } ce_sum;
+
+typedef struct { /* ln 2 in units of the logits: z = x / value; high times any |k| < 2^20 is exact */
+    double value, log2e, ln2_high, ln2_low;
+} ce_temperature;
 
 typedef struct {                        /* an array of shape (outer..., n_classes), any strides */
     char *data;                         /* first element; NULL: absent */
@@ -29,25 +39,49 @@ typedef struct {
     int64_t outer_shape[CE_MAX_OUTER];
 
     ce_array logits; /* in */
-    ce_array soft;   /* in, class probabilities, or absent */
+    ce_array soft;   /* in, class probabilities, or the other distribution's logits, or absent */
     ce_array out;    /* out: gradient or log-softmax; may be logits itself */
+    ce_array hess;   /* out: diagonal Hessian, or absent */
     ce_emit emit;    /* what goes to out */
 
     const void *target; /* in (n_rows), class indices already checked, or NULL */
-    ce_index_type target_type;
+    ce_dtype target_type;
     int64_t ignore_index;
     const double *weight;        /* in (n_classes), or NULL: ones */
     ce_sum weight_total;         /* sum_k w_k, to more than double precision; set by ce_sum_weights */
     const double *sample_weight; /* in (n_rows), or NULL: ones */
     const double *upstream;      /* in (n_rows), or NULL: ones */
+    const int64_t *left_out;     /* in (n_rows, n_left_out), classes in rising order that are not there, or NULL */
+    int64_t n_left_out;
 
-    double on, off; /* mass of class k: w_k * (on * q_k + off), q one-hot for index targets */
+    ce_rule rule;
+    double parameter; /* gamma, epsilon or q of the rule */
+    double on, off;   /* mass of class k: w_k * (on * q_k + off), q one-hot for index targets */
     double z_loss;
-    double scale; /* factor of the gradient: 1 / denominator of the mean */
+    ce_temperature temperature;
+    double softcap;             /* z = softcap tanh(x / softcap) / temperature; 0: none */
+    ce_temperature cap;         /* softcap / 2, so that exp(-2 |x| / softcap) is the exp of every other logit */
+    int log_probs;              /* logits and soft are log-probabilities already (divergences) */
+    double scale;               /* factor of the gradient: 1 / (denominator of the mean * temperature) */
+    double hess_scale, floor;   /* factor of the Hessian, and its least value in a row that counts */
 
     void *loss; /* out (n_rows) in the compute dtype, or NULL */
     void *lse;  /* out (n_rows) in the compute dtype, or NULL */
 } ce_job;
+
+typedef struct { /* elements: every array has the shape (outer..., n_last), zero strides where it is broadcast */
+    int64_t n_last;
+    int n_outer;
+    int64_t outer_shape[CE_MAX_OUTER];
+    ce_array logits, target;               /* in; target of any dtype */
+    ce_array weight, pos_weight;           /* in, float64, or absent: ones */
+    ce_array sample_weight, upstream;      /* in, float64, or absent: ones */
+    ce_array loss, out, hess;              /* out, or absent */
+    ce_rule rule;
+    double gamma, alpha; /* alpha at target 1, 1 - alpha at 0; below 0: no such weights */
+    double on, off;      /* y' = on y + off */
+    double scale, hess_scale, floor;
+} ce_element_job;
 
 typedef struct { /* the reference that a stored exponential was taken against: base + n ln 2 */
     double base;
@@ -60,9 +94,13 @@ enum { CE_TILE = 1024 }; /* elements: 2 KiB of float, 4 KiB of double, stays in 
    tiles: scratch of ceil(n_classes / CE_TILE) references, used when out is a gradient. */
 typedef double (*ce_rows_fn)(const ce_job *job, int64_t first, int64_t last, ce_reference *tiles);
 
+/* Elements [first, last) in C order; *bad becomes 1 if a target that counts lies outside [0, 1]. */
+typedef double (*ce_elements_fn)(const ce_element_job *job, int64_t first, int64_t last, int *bad);
+
 typedef struct {
     const char *name;
     ce_rows_fn rows_float64, rows_float32; /* by compute dtype */
+    ce_elements_fn elements_float64, elements_float32;
 } ce_table;
 
 /* dispatch.c */
@@ -73,8 +111,9 @@ int ce_openmp(void);                  /* _OPENMP, or 0 */
 
 /* targets.c */
 void ce_sum_weights(ce_job *job);
+ce_temperature ce_make_temperature(double value);
 double ce_sum_in_order(const double *values, int64_t n);
-int64_t ce_target_at(const void *target, ce_index_type type, int64_t i);
+int64_t ce_target_at(const void *target, ce_dtype type, int64_t i);
 int64_t ce_scan_targets(const ce_job *job, int64_t *n_counted, double *weight_sum);
 
 #endif

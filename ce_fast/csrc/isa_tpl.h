@@ -7,13 +7,16 @@
 #define REAL_DTYPE CE_FLOAT32
 #define REAL_MIN FLT_MIN
 #define UINT uint32_t
+#define SINT int32_t
 #define NAME(name) ce_##name##_float32
 #include "rows_tpl.h"
+#include "elements_tpl.h"
 #undef REAL
 #undef REAL_IS_FLOAT
 #undef REAL_DTYPE
 #undef REAL_MIN
 #undef UINT
+#undef SINT
 #undef NAME
 
 #define REAL double
@@ -21,11 +24,14 @@
 #define REAL_DTYPE CE_FLOAT64
 #define REAL_MIN DBL_MIN
 #define UINT uint64_t
+#define SINT int64_t
 #define NAME(name) ce_##name##_float64
 #include "rows_tpl.h"
+#include "elements_tpl.h"
 
 #define CE_TEXT_(x) #x
 #define CE_TEXT(x) CE_TEXT_(x)
 #define CE_TABLE_(isa) ce_table_##isa
 #define CE_TABLE(isa) CE_TABLE_(isa)
-const ce_table CE_TABLE(CE_ISA) = {CE_TEXT(CE_ISA), ce_rows_float64, ce_rows_float32};
+const ce_table CE_TABLE(CE_ISA) = {CE_TEXT(CE_ISA), ce_rows_float64, ce_rows_float32, ce_elements_float64,
+                                       ce_elements_float32};

@@ -1,12 +1,14 @@
 /* One row: statistics -> rule -> gradient, included once for each REAL and each ISA.
  *
- *   rest = sum_{k != t} exp(x_k - m)     one pass over tiles; the reference m moves only when a tile exceeds it by
+ * With z = x / temperature, x the logits or, with a softcap, softcap tanh(logits / softcap):
+ *
+ *   rest = sum_{k != t} exp(z_k - m)     one pass over tiles; the reference m moves only when a tile exceeds it by
  *                                        MARGIN (lazy max), and costs no accuracy while it lags (vecmath.h)
- *   nll  = lse - x_t = log1p(rest / e_t)              keeps its digits when p_t is near 1
+ *   nll  = lse - z_t = log1p(rest / e_t)              keeps its digits when p_t is near 1
  *   g_t  ~ p_t - 1   = -rest / (rest + e_t)           likewise
  *
- * With a gradient to write, the same pass leaves exp(x_k - m) in it while the tile is hot, and a second pass scales:
- * one exp a logit. Where the gradient is 16-bit or strided, exp is taken again instead.
+ * With a gradient to write, the same pass leaves exp(z_k - m) in it while the tile is hot, and a second pass scales:
+ * one exp a logit. Where the gradient is 16-bit or strided, or needs more than the exponential, exp is taken again.
  */
 #include "ce_fast.h"
 #include "rules.h"
@@ -28,8 +30,9 @@ typedef struct {
     const char *q; /* of class probabilities, */
     char *out;     /* and of the output */
     int64_t t;     /* the class left out of the sums; -1: none */
-    int store_exp; /* out takes exp(x - m) in the first pass */
-    ce_reference *tiles; /* the reference of each stored tile */
+    int store_exp; /* out takes exp(z - m) in the first pass */
+    ce_reference *tiles;     /* the reference of each stored tile */
+    const int64_t *left_out; /* (n_left_out), or NULL */
 } NAME(row);
 
 typedef struct {
@@ -37,9 +40,24 @@ typedef struct {
     REAL pivot; /* the logit m was set by: sums of mass (x - pivot) stay well conditioned */
     REAL bound; /* a tile above it moves m */
     NAME(exp_args) exp;
-    ce_sum rest, mass, moment; /* sums over k != t of exp(x_k - m), mass_k, mass_k (x_k - pivot) */
+    ce_sum rest, mass, moment; /* sums over k != t of exp(z_k - m), mass_k, mass_k (x_k - pivot) */
     int infinite;              /* met +inf */
 } NAME(sums);
+
+/* x <- softcap tanh(x / softcap), and its derivative to slope, if asked for. With e = exp(-2 |x| / softcap):
+   tanh = (1 - e) / (1 + e), tanh' = 4 e / (1 + e)^2, and 1 - e by its series where it would cancel. */
+static void NAME(cap_tile)(const ce_job *job, REAL *x, REAL *slope, int64_t n)
+{
+    NAME(exp_args) args = NAME(exp_prepare)(0, 0, &job->cap);
+    REAL cap = (REAL)job->softcap;
+    for (int64_t k = 0; k < n; k++) {
+        REAL down = x[k] < 0 ? x[k] : -x[k], e = NAME(exp)(down, args), t = 2 * down / cap;
+        REAL v = cap * ((t > (REAL)-0.5 ? -NAME(expm1)(t) : 1 - e) / (1 + e));
+        if (slope)
+            slope[k] = 4 * e / ((1 + e) * (1 + e));
+        x[k] = x[k] < 0 ? -v : v;
+    }
+}
 
 static double NAME(element)(const char *row, const ce_array *array, int64_t k)
 {
@@ -48,16 +66,33 @@ static double NAME(element)(const char *row, const ce_array *array, int64_t k)
     return v;
 }
 
-/* m moves to CE_LEAD ln 2 below x; what was summed against the old m follows it */
-static void NAME(set_reference)(NAME(sums) *s, REAL x)
+static double NAME(logit)(const NAME(row) *row, int64_t k)
+{
+    REAL v = (REAL)NAME(element)(row->x, &row->job->logits, k);
+    if (row->job->softcap != 0)
+        NAME(cap_tile)(row->job, &v, NULL, 1);
+    return v;
+}
+
+/* the logits [j, j + n) of the row, capped */
+static void NAME(load_logits)(const NAME(row) *row, int64_t j, int64_t n, REAL *buffer)
+{
+    const ce_array *logits = &row->job->logits;
+    NAME(load)(row->x + j * logits->class_stride, logits->class_stride, logits->dtype, n, buffer);
+    if (row->job->softcap != 0)
+        NAME(cap_tile)(row->job, buffer, NULL, n);
+}
+
+/* m moves to CE_LEAD ln 2 below z; what was summed against the old m follows it */
+static void NAME(set_reference)(NAME(sums) *s, REAL x, const ce_temperature *t)
 {
     ce_reference m = {0, -CE_LEAD};
-    if (fabs((double)x) < CE_BASE_LIMIT)
-        m.n += (int64_t)rint((double)x * CE_LOG2E);
+    if (fabs((double)x) < CE_BASE_LIMIT * t->value)
+        m.n += (int64_t)rint((double)x * t->log2e);
     else
         m.base = x;
     if (s->rest.high != 0) {
-        double factor = ce_exp_scaled(s->m.base - m.base, m.n - s->m.n);
+        double factor = ce_exp_scaled(s->m.base - m.base, m.n - s->m.n, t);
         s->rest.high *= factor;
         s->rest.low *= factor;
     }
@@ -65,15 +100,30 @@ static void NAME(set_reference)(NAME(sums) *s, REAL x)
         ce_add(&s->moment, -ce_total(&s->mass) * ((double)x - (double)s->pivot));
     s->m = m;
     s->pivot = x;
-    s->bound = x + (REAL)CE_MARGIN;
-    s->exp = NAME(exp_prepare)(m.base, m.n);
+    s->bound = x + (REAL)(CE_MARGIN * t->value);
+    s->exp = NAME(exp_prepare)(m.base, m.n, t);
 }
 
-/* (m + CE_LEAD ln 2) - x, exact until the last addition: base or n + CE_LEAD is 0, and that times CE_LN2_HI is exact */
-static double NAME(reference_minus)(const ce_reference *m, double x)
+/* (m + CE_LEAD ln 2) - z, exact until the last addition: base or n + CE_LEAD is 0, and that times ln2_high is exact */
+static double NAME(reference_minus)(const ce_reference *m, double x, const ce_temperature *t)
 {
     double n = (double)(m->n + CE_LEAD);
-    return ((m->base - x) + n * CE_LN2_HI) + n * CE_LN2_LO;
+    return (((m->base - x) + n * t->ln2_high) + n * t->ln2_low) / t->value;
+}
+
+/* -inf in place of the classes of tile [j, j + n) that are left out */
+static void NAME(leave_out)(const NAME(row) *row, int64_t j, int64_t n, REAL *tile)
+{
+    int64_t low = 0, high = row->left_out ? row->job->n_left_out : 0, end = high;
+    while (low < high) {
+        int64_t middle = low + (high - low) / 2;
+        if (row->left_out[middle] < j)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    for (; low < end && row->left_out[low] < j + n; low++)
+        tile[row->left_out[low] - j] = -(REAL)INFINITY;
 }
 
 /* Tile [j, j + n) of the row without its target: the row itself where that will do, else buffer, padded with -inf to
@@ -81,12 +131,12 @@ static double NAME(reference_minus)(const ce_reference *m, double x)
 static const REAL *NAME(tile)(const NAME(row) *row, int64_t j, int64_t n, REAL *buffer, int64_t *padded)
 {
     const ce_array *logits = &row->job->logits;
-    const char *src = row->x + j * logits->class_stride;
-    int has_target = row->t >= j && row->t < j + n;
+    int has_target = row->t >= j && row->t < j + n, plain = !has_target && row->job->softcap == 0 && !row->left_out;
     *padded = (n + CE_LANES - 1) & -(int64_t)CE_LANES;
-    if (*padded == n && !has_target && logits->dtype == REAL_DTYPE && logits->class_stride == sizeof(REAL))
-        return (const REAL *)src;
-    NAME(load)(src, logits->class_stride, logits->dtype, n, buffer);
+    if (*padded == n && plain && logits->dtype == REAL_DTYPE && logits->class_stride == sizeof(REAL))
+        return (const REAL *)(row->x + j * logits->class_stride);
+    NAME(load_logits)(row, j, n, buffer);
+    NAME(leave_out)(row, j, n, buffer);
     if (has_target)
         buffer[row->t - j] = -(REAL)INFINITY;
     for (int64_t k = n; k < *padded; k++)
@@ -135,7 +185,7 @@ static REAL NAME(tile_max)(const REAL *x, int64_t n)
     return lanes[0];
 }
 
-/* sum_k exp(x_k - m), and with store != 0 the terms to e, which may be x */
+/* sum_k exp(z_k - m), and with store != 0 the terms to e, which may be x */
 CE_INLINE double NAME(tile_exp)(const REAL *x, REAL *e, int store, int64_t n, NAME(exp_args) args)
 {
     double sums[CE_LANES] = {0};
@@ -182,11 +232,12 @@ static void NAME(add_moments)(NAME(sums) *s, const REAL *x, const REAL *mass, in
 static NAME(sums) NAME(statistics)(const NAME(row) *row, double x_t)
 {
     const ce_job *job = row->job;
-    int with_mass = job->off != 0 || row->q;
+    int with_mass = (job->off != 0 || row->q) && job->rule == CE_CROSS_ENTROPY;
     REAL buffer[CE_TILE], mass[CE_TILE];
-    NAME(sums) s = {{0, -CE_LEAD}, 0, -(REAL)INFINITY, NAME(exp_prepare)(0, -CE_LEAD), {0, 0}, {0, 0}, {0, 0}, 0};
+    const ce_temperature *t = &job->temperature;
+    NAME(sums) s = {{0, -CE_LEAD}, 0, -(REAL)INFINITY, NAME(exp_prepare)(0, -CE_LEAD, t), {0, 0}, {0, 0}, {0, 0}, 0};
     if (row->t >= 0 && isfinite(x_t))
-        NAME(set_reference)(&s, (REAL)x_t);
+        NAME(set_reference)(&s, (REAL)x_t, t);
     s.infinite = row->t >= 0 && x_t > 0 && isinf(x_t);
     for (int64_t j = 0; j < job->n_classes; j += CE_TILE) {
         int64_t n = job->n_classes - j < CE_TILE ? job->n_classes - j : CE_TILE, padded;
@@ -196,7 +247,7 @@ static NAME(sums) NAME(statistics)(const NAME(row) *row, double x_t)
             if (isinf(max))
                 s.infinite = 1;
             else
-                NAME(set_reference)(&s, max);
+                NAME(set_reference)(&s, max, t);
         }
         if (with_mass) {
             NAME(mass_tile)(row, j, n, padded, mass);
@@ -215,46 +266,77 @@ static NAME(sums) NAME(statistics)(const NAME(row) *row, double x_t)
     return s;
 }
 
+/* a class that is not the target */
+static ce_class NAME(class)(const ce_job *job, REAL x, const ce_row_stats *s)
+{
+    double n = (s->pivot - (double)x) / job->temperature.value + s->lse_minus_pivot;
+    n = n < 0 ? 0 : n; /* by rounding, where p is 1 */
+    return (ce_class){n, exp(-n), -expm1(-n)};
+}
+
+/* what the classes beside the target contribute, where their slopes differ: class by class, once lse is known */
+static ce_term NAME(rest_terms)(const NAME(row) *row, const ce_row_stats *s)
+{
+    const ce_job *job = row->job;
+    REAL buffer[CE_TILE], mass[CE_TILE];
+    ce_sum loss = {0, 0}, slope = {0, 0};
+    for (int64_t j = 0; j < job->n_classes; j += CE_TILE) {
+        int64_t n = job->n_classes - j < CE_TILE ? job->n_classes - j : CE_TILE;
+        NAME(load_logits)(row, j, n, buffer);
+        NAME(mass_tile)(row, j, n, n, mass);
+        for (int64_t k = 0; k < n; k++) {
+            if (mass[k] == 0)
+                continue; /* mass 0 against -inf contributes 0 */
+            ce_term term = ce_term_of(job, NAME(class)(job, buffer[k], s));
+            ce_add(&loss, (double)mass[k] * term.loss);
+            ce_add(&slope, (double)mass[k] * term.slope);
+        }
+    }
+    return (ce_term){ce_total(&loss), ce_total(&slope)};
+}
+
 /* everything a rule may ask for, each from the form that does not cancel */
 static ce_row_stats NAME(row_stats)(const NAME(row) *row, const NAME(sums) *s, double x_t)
 {
     const ce_job *job = row->job;
-    double rest = s->infinite ? NAN : ce_total(&s->rest), moment = ce_total(&s->moment);
+    const ce_temperature *t = &job->temperature;
+    double rest = s->infinite ? NAN : ce_total(&s->rest);
     double log_rest = log(ldexp(rest, -CE_LEAD)); /* against m + CE_LEAD ln 2, so that it is small */
     ce_row_stats r = {0};
-    r.p_rest = 1;
     r.sum = rest;
-    r.lse = NAME(reference_minus)(&s->m, 0) + log_rest;
+    r.lse = NAME(reference_minus)(&s->m, 0, t) + log_rest;
     if (row->t < 0)
         return r;
-    double e_t = ce_exp_scaled(x_t - s->m.base, s->m.n);
-    double lse_minus_pivot;
+    double e_t = ce_exp_scaled(x_t - s->m.base, s->m.n, t);
+    r.pivot = s->pivot;
     r.sum = rest + e_t;
     if (e_t >= rest) {
-        double odds = rest / e_t;
-        r.nll = log1p(odds);
-        r.p_t = 1 / (1 + odds);
-        r.p_rest = odds / (1 + odds);
-        r.lse = x_t + r.nll;
-        lse_minus_pivot = (x_t - (double)s->pivot) + r.nll;
+        double odds = rest / e_t, nll = log1p(odds);
+        r.target = (ce_class){nll, 1 / (1 + odds), odds / (1 + odds)};
+        r.lse = x_t / t->value + nll;
+        r.lse_minus_pivot = (x_t - (double)s->pivot) / t->value + nll;
     } else {
         double odds = e_t / rest, log_sum = log_rest + log1p(odds);
-        r.nll = NAME(reference_minus)(&s->m, x_t) + log_sum;
-        r.p_t = odds / (1 + odds);
-        r.p_rest = 1 / (1 + odds);
-        r.lse = NAME(reference_minus)(&s->m, 0) + log_sum;
-        lse_minus_pivot = NAME(reference_minus)(&s->m, (double)s->pivot) + log_sum;
+        r.target = (ce_class){NAME(reference_minus)(&s->m, x_t, t) + log_sum, odds / (1 + odds), 1 / (1 + odds)};
+        r.lse = NAME(reference_minus)(&s->m, 0, t) + log_sum;
+        r.lse_minus_pivot = NAME(reference_minus)(&s->m, (double)s->pivot, t) + log_sum;
     }
     double w_t = job->weight ? job->weight[row->t] : 1;
     double q_t = row->q ? NAME(element)(row->q, &job->soft, row->t) : 1;
     r.row_weight = row->q ? 1 : w_t;
     r.mass_t = w_t * (job->on * q_t + job->off);
-    r.mass_rest = row->q ? ce_total(&s->mass) : job->off * ((job->weight_total.high - w_t) + job->weight_total.low);
-    r.cross_rest = r.mass_rest == 0 && moment == 0 ? 0 : r.mass_rest * lse_minus_pivot - moment;
+    if (job->rule == CE_CROSS_ENTROPY) { /* slopes 1, and a loss that is linear in z: sums of the first pass do */
+        double mass = job->off * ((job->weight_total.high - w_t) + job->weight_total.low);
+        double moment = ce_total(&s->moment);
+        mass = row->q ? ce_total(&s->mass) : mass;
+        r.rest = (ce_term){mass == 0 && moment == 0 ? 0 : mass * r.lse_minus_pivot - moment / t->value, mass};
+    } else if (job->off != 0 || row->q) {
+        r.rest = NAME(rest_terms)(row, &r);
+    }
     return r;
 }
 
-/* out_k = factor exp(x_k - m) - scale mass_k; products that would be subnormal become 0 */
+/* out_k = factor exp(z_k - m); products that would be subnormal become 0 */
 static void NAME(scale_tile)(const REAL *e, REAL *out, int64_t n, double factor)
 {
     REAL high = (REAL)factor, cut = (REAL)REAL_MIN / (high < 0 ? -high : high);
@@ -270,31 +352,82 @@ static void NAME(scale_tile)(const REAL *e, REAL *out, int64_t n, double factor)
 #endif
 }
 
-static void NAME(write_gradient)(const NAME(row) *row, const NAME(sums) *s, double a_over_sum, double scale, double g_t)
+typedef struct {
+    ce_row_stats stats;
+    ce_row_rule rule;
+    double inverse_sum, scale, hess_scale;
+} NAME(slopes);
+
+/* scale mass_k s_k, what the target distribution takes from the gradient */
+static void NAME(pull_tile)(const NAME(row) *row, const NAME(slopes) *g, int64_t j, int64_t n, const REAL *x, REAL *pull)
+{
+    const ce_job *job = row->job;
+    NAME(mass_tile)(row, j, n, n, pull);
+    for (int64_t k = 0; k < n; k++)
+        pull[k] *= (REAL)g->scale;
+    if (job->rule != CE_CROSS_ENTROPY)
+        for (int64_t k = 0; k < n; k++)
+            if (pull[k] != 0)
+                pull[k] *= (REAL)ce_term_of(job, NAME(class)(job, x[k], &g->stats)).slope;
+}
+
+/* h p_k (1 - p_k) >= floor, of e_k = exp(z_k - m) */
+static void NAME(write_hess)(const NAME(row) *row, const NAME(slopes) *g, int64_t j, int64_t n, const REAL *e,
+                             const REAL *slope, char *hess)
+{
+    const ce_job *job = row->job;
+    REAL buffer[CE_TILE], inverse = (REAL)g->inverse_sum, h = (REAL)(g->hess_scale * g->rule.h);
+    REAL floor = (REAL)job->floor;
+    for (int64_t k = 0; k < n; k++) {
+        REAL p = e[k] * inverse;
+        buffer[k] = h * (p * (1 - p));
+    }
+    if (row->t >= j && row->t < j + n)
+        buffer[row->t - j] = (REAL)(g->hess_scale * g->rule.h * (g->stats.target.p * g->stats.target.rest));
+    for (int64_t k = 0; k < n; k++) {
+        REAL v = job->softcap != 0 ? buffer[k] * slope[k] * slope[k] : buffer[k];
+        buffer[k] = v < floor ? floor : v;
+    }
+    NAME(store)(hess + j * job->hess.class_stride, job->hess.class_stride, job->hess.dtype, n, buffer);
+}
+
+static void NAME(write_gradient)(const NAME(row) *row, const NAME(sums) *s, const NAME(slopes) *g, char *hess)
 {
     const ce_job *job = row->job;
     int with_mass = job->off != 0 || row->q;
-    REAL buffer[CE_TILE], mass[CE_TILE];
+    REAL buffer[CE_TILE], pull[CE_TILE], slope[CE_TILE], raw[CE_TILE];
     for (int64_t j = 0; j < job->n_classes; j += CE_TILE) {
         int64_t n = job->n_classes - j < CE_TILE ? job->n_classes - j : CE_TILE, padded;
-        double factor = a_over_sum;
+        double factor = g->scale * g->rule.a * g->inverse_sum;
+        const REAL *x = buffer;
         REAL *out = buffer;
         if (row->store_exp) {
             const ce_reference *m = &row->tiles[j / CE_TILE];
             if (m->base != s->m.base || m->n != s->m.n)
-                factor *= ce_exp_scaled(m->base - s->m.base, s->m.n - m->n);
+                factor *= ce_exp_scaled(m->base - s->m.base, s->m.n - m->n, &job->temperature);
             out = (REAL *)row->out + j;
         } else {
-            NAME(tile_exp)(NAME(tile)(row, j, n, buffer, &padded), buffer, 1, (n + CE_LANES - 1) & -(int64_t)CE_LANES, s->exp);
+            x = NAME(tile)(row, j, n, buffer, &padded);
         }
+        if (with_mass)
+            NAME(pull_tile)(row, g, j, n, x, pull);
+        if (!row->store_exp)
+            NAME(tile_exp)(x, buffer, 1, padded, s->exp);
+        if (job->softcap != 0) {
+            NAME(load)(row->x + j * job->logits.class_stride, job->logits.class_stride, job->logits.dtype, n, raw);
+            NAME(cap_tile)(job, raw, slope, n);
+        }
+        if (hess)
+            NAME(write_hess)(row, g, j, n, buffer, slope, hess);
         NAME(scale_tile)(out, out, n, factor);
-        if (with_mass) {
-            NAME(mass_tile)(row, j, n, n, mass);
+        if (with_mass)
             for (int64_t k = 0; k < n; k++)
-                out[k] -= (REAL)scale * mass[k];
-        }
+                out[k] -= pull[k];
         if (row->t >= j && row->t < j + n)
-            out[row->t - j] = (REAL)g_t;
+            out[row->t - j] = (REAL)(g->scale * g->rule.g_t);
+        if (job->softcap != 0)
+            for (int64_t k = 0; k < n; k++)
+                out[k] *= slope[k];
         if (!row->store_exp)
             NAME(store)(row->out + j * job->out.class_stride, job->out.class_stride, job->out.dtype, n, out);
     }
@@ -307,22 +440,21 @@ static void NAME(write_log_softmax)(const NAME(row) *row, double x_t, double nll
     REAL buffer[CE_TILE], shift = (REAL)x_t, loss = (REAL)nll;
     for (int64_t j = 0; j < job->n_classes; j += CE_TILE) {
         int64_t n = job->n_classes - j < CE_TILE ? job->n_classes - j : CE_TILE;
-        NAME(load)(row->x + j * job->logits.class_stride, job->logits.class_stride, job->logits.dtype, n, buffer);
+        NAME(load_logits)(row, j, n, buffer);
         for (int64_t k = 0; k < n; k++)
             buffer[k] = (buffer[k] - shift) - loss;
         NAME(store)(row->out + j * job->out.class_stride, job->out.class_stride, job->out.dtype, n, buffer);
     }
 }
 
-static void NAME(write_constant)(const NAME(row) *row, REAL value)
+static void NAME(write_constant)(const ce_job *job, const ce_array *array, char *row, REAL value)
 {
-    const ce_job *job = row->job;
     REAL buffer[CE_TILE];
     for (int64_t k = 0; k < CE_TILE; k++)
         buffer[k] = value;
     for (int64_t j = 0; j < job->n_classes; j += CE_TILE) {
         int64_t n = job->n_classes - j < CE_TILE ? job->n_classes - j : CE_TILE;
-        NAME(store)(row->out + j * job->out.class_stride, job->out.class_stride, job->out.dtype, n, buffer);
+        NAME(store)(row + j * array->class_stride, array->class_stride, array->dtype, n, buffer);
     }
 }
 
@@ -330,7 +462,6 @@ static void NAME(write_constant)(const NAME(row) *row, REAL value)
 static int64_t NAME(argmax)(const NAME(row) *row, int of_mass)
 {
     const ce_job *job = row->job;
-    const ce_array *logits = &job->logits;
     REAL buffer[CE_TILE], best = -(REAL)INFINITY;
     int64_t at = 0;
     for (int64_t j = 0; j < job->n_classes; j += CE_TILE) {
@@ -339,7 +470,7 @@ static int64_t NAME(argmax)(const NAME(row) *row, int of_mass)
         if (of_mass)
             NAME(mass_tile)(row, j, n, n, buffer);
         else
-            NAME(load)(row->x + j * logits->class_stride, logits->class_stride, logits->dtype, n, buffer);
+            NAME(load_logits)(row, j, n, buffer);
         for (int64_t k = n; k < padded; k++)
             buffer[k] = -(REAL)INFINITY;
         REAL max = NAME(tile_max)(buffer, padded);
@@ -357,7 +488,7 @@ static double NAME(limit_lse)(const NAME(row) *row)
 {
     double limit = -INFINITY;
     for (int64_t k = 0; k < row->job->n_classes; k++) {
-        double x = NAME(element)(row->x, &row->job->logits, k);
+        double x = NAME(logit)(row, k);
         if (isnan(x))
             return x;
         if (isinf(x) && x > 0)
@@ -376,13 +507,13 @@ static int64_t NAME(offset)(const ce_job *job, const ce_array *array, int64_t i)
     return job->n_outer ? offset + i * array->outer_stride[0] : 0;
 }
 
-/* a row that does not count is not read: loss 0, gradient 0 */
-static void NAME(skip_row)(const NAME(row) *row, int64_t i)
+/* what a row that does not count gets, or one whose loss is NaN */
+static void NAME(fill_row)(const ce_job *job, char *out, char *hess, REAL value)
 {
-    if (row->job->loss)
-        ((REAL *)row->job->loss)[i] = 0;
-    if (row->job->emit)
-        NAME(write_constant)(row, 0);
+    if (out)
+        NAME(write_constant)(job, &job->out, out, value);
+    if (hess)
+        NAME(write_constant)(job, &job->hess, hess, value);
 }
 
 /* the class left out of the sums: the target, else the one that most of the loss, or of the sum, comes from */
@@ -391,47 +522,67 @@ static int64_t NAME(anchor)(const NAME(row) *row, int64_t target)
     const ce_job *job = row->job;
     if (job->target)
         return target;
-    return row->q || job->emit != CE_GRADIENT ? NAME(argmax)(row, row->q != NULL) : -1; /* softmax needs none */
+    if (row->left_out || (job->emit == CE_GRADIENT && !row->q)) /* the sum itself, or softmax, which need none */
+        return -1;
+    return NAME(argmax)(row, row->q != NULL);
 }
 
-static double NAME(run_row)(const ce_job *job, int64_t i, ce_reference *tiles)
+static double NAME(softmax_row)(const ce_job *job, int64_t i, int64_t target, double sample_weight, char *out,
+                                char *hess, ce_reference *tiles)
 {
-    const ce_array *logits = &job->logits, *out = &job->out;
-    NAME(row) row = {job, logits->data + NAME(offset)(job, logits, i), NULL, NULL, -1, 0, tiles};
+    NAME(row) row = {job, job->logits.data + NAME(offset)(job, &job->logits, i), NULL, out, -1, 0, tiles, NULL};
     if (job->soft.data)
         row.q = job->soft.data + NAME(offset)(job, &job->soft, i);
-    if (job->emit)
-        row.out = out->data + NAME(offset)(job, out, i);
-    double sample_weight = job->sample_weight ? job->sample_weight[i] : 1;
-    int64_t target = job->target ? ce_target_at(job->target, job->target_type, i) : -1;
-    if (sample_weight == 0 || (job->target && target == job->ignore_index)) {
-        NAME(skip_row)(&row, i);
-        return 0;
-    }
+    if (job->left_out)
+        row.left_out = job->left_out + i * job->n_left_out;
     row.t = NAME(anchor)(&row, target);
-    row.store_exp = job->emit == CE_GRADIENT && out->dtype == REAL_DTYPE && out->class_stride == sizeof(REAL);
+    int by_class = job->softcap != 0 || ((job->off != 0 || row.q) && job->rule != CE_CROSS_ENTROPY);
+    row.store_exp = job->emit == CE_GRADIENT && job->out.dtype == REAL_DTYPE && job->out.class_stride == sizeof(REAL) &&
+                    !by_class && !hess;
 
-    double x_t = row.t >= 0 ? NAME(element)(row.x, logits, row.t) : 0; /* before the pass, which may be in place */
+    double x_t = row.t >= 0 ? NAME(logit)(&row, row.t) : 0; /* before the pass, which may be in place */
     NAME(sums) sums = NAME(statistics)(&row, x_t);
     ce_row_stats stats = NAME(row_stats)(&row, &sums, x_t);
     if (job->lse)
         ((REAL *)job->lse)[i] = (REAL)(isnan(stats.lse) ? NAME(limit_lse)(&row) : stats.lse);
     if (job->emit == CE_LOG_SOFTMAX) {
-        NAME(write_log_softmax)(&row, x_t, stats.nll);
+        NAME(write_log_softmax)(&row, x_t, stats.target.nll);
         return 0;
     }
-    ce_row_rule rule = {0, 1, 0}; /* with no target at all, the gradient of logsumexp: softmax */
+    ce_row_rule rule = {0, 1, 0, 0}; /* with no target at all, the gradient of logsumexp: softmax */
     if (row.t >= 0)
-        rule = ce_cross_entropy_rule(&stats, job->z_loss);
-    double loss = sample_weight * rule.loss;
+        rule = ce_rule_of(job, &stats);
+    if (job->emit == CE_GRADIENT && isnan(stats.lse)) {
+        NAME(fill_row)(job, out, hess, (REAL)NAN);
+    } else if (job->emit == CE_GRADIENT) {
+        double upstream = sample_weight * (job->upstream ? job->upstream[i] : 1);
+        double inverse_sum = row.left_out && stats.sum == 0 ? 0 : 1 / stats.sum;
+        NAME(slopes) g = {stats, rule, inverse_sum, job->scale * upstream, job->hess_scale * upstream};
+        NAME(write_gradient)(&row, &sums, &g, hess);
+    }
+    return sample_weight * rule.loss;
+}
+
+#if !REAL_IS_FLOAT
+#include "divergence_tpl.h"
+#endif
+
+static double NAME(run_row)(const ce_job *job, int64_t i, ce_reference *tiles)
+{
+    char *out = job->emit ? job->out.data + NAME(offset)(job, &job->out, i) : NULL;
+    char *hess = job->hess.data ? job->hess.data + NAME(offset)(job, &job->hess, i) : NULL;
+    double sample_weight = job->sample_weight ? job->sample_weight[i] : 1, loss = 0;
+    int64_t target = job->target ? ce_target_at(job->target, job->target_type, i) : -1;
+    if (sample_weight == 0 || (job->target && target == job->ignore_index)) /* it is not read */
+        NAME(fill_row)(job, out, hess, 0);
+#if !REAL_IS_FLOAT
+    else if (job->rule == CE_KL_FORWARD || job->rule == CE_KL_REVERSE)
+        loss = NAME(divergence_row)(job, i, sample_weight, out, hess);
+#endif
+    else
+        loss = NAME(softmax_row)(job, i, target, sample_weight, out, hess, tiles);
     if (job->loss)
         ((REAL *)job->loss)[i] = (REAL)loss;
-    if (job->emit == CE_GRADIENT && isnan(stats.lse))
-        NAME(write_constant)(&row, (REAL)NAN);
-    else if (job->emit == CE_GRADIENT) {
-        double scale = job->scale * sample_weight * (job->upstream ? job->upstream[i] : 1);
-        NAME(write_gradient)(&row, &sums, scale * rule.a / stats.sum, scale, scale * rule.g_t);
-    }
     return loss;
 }
 

@@ -71,6 +71,14 @@ static void NAME(load)(const char *restrict src, int64_t stride, ce_dtype dtype,
     case CE_FLOAT32: CE_EACH(CE_READ, float, )
     case CE_FLOAT16: CE_EACH(CE_READ, uint16_t, ce_from_float16)
     case CE_BFLOAT16: CE_EACH(CE_READ, uint16_t, ce_from_bfloat16)
+    case CE_INT8: CE_EACH(CE_READ, int8_t, )
+    case CE_UINT8: CE_EACH(CE_READ, uint8_t, )
+    case CE_INT16: CE_EACH(CE_READ, int16_t, )
+    case CE_UINT16: CE_EACH(CE_READ, uint16_t, )
+    case CE_INT32: CE_EACH(CE_READ, int32_t, )
+    case CE_UINT32: CE_EACH(CE_READ, uint32_t, )
+    case CE_INT64: CE_EACH(CE_READ, int64_t, )
+    case CE_UINT64: CE_EACH(CE_READ, uint64_t, )
     }
 }
 
@@ -81,6 +89,7 @@ static void NAME(store)(char *restrict dst, int64_t stride, ce_dtype dtype, int6
     case CE_FLOAT32: CE_EACH(CE_WRITE, float, )
     case CE_FLOAT16: CE_EACH(CE_WRITE, uint16_t, ce_to_float16)
     case CE_BFLOAT16: CE_EACH(CE_WRITE, uint16_t, ce_to_bfloat16)
+    default: return; /* no result has an integer dtype */
     }
 }
 

@@ -1,7 +1,22 @@
-/* What is done once a row and not once a logit: reading class indices, counting rows, adding up. */
+/* What is done once a row or once a call, and not once a logit: class indices, counting, adding up, constants. */
+#include <string.h>
 #include "sums.h"
 
-int64_t ce_target_at(const void *target, ce_index_type type, int64_t i)
+/* value ln 2 = ln2_high + ln2_low, from ln 2 to 106 bits; ln2_high is its first 32 */
+ce_temperature ce_make_temperature(double value)
+{
+    const double ln2 = 0x1.62e42fefa39efp-1, tail = 0x1.abc9e3b39803fp-56;
+    double product = value * ln2, rest = fma(value, ln2, -product) + value * tail;
+    uint64_t bits;
+    memcpy(&bits, &product, sizeof bits);
+    bits &= ~(uint64_t)0x1fffff;
+    ce_temperature t = {value, 1.44269504088896340736 / value, 0, 0};
+    memcpy(&t.ln2_high, &bits, sizeof bits);
+    t.ln2_low = (product - t.ln2_high) + rest;
+    return t;
+}
+
+int64_t ce_target_at(const void *target, ce_dtype type, int64_t i)
 {
     switch (type) {
     case CE_INT8: return ((const int8_t *)target)[i];
@@ -15,8 +30,8 @@ int64_t ce_target_at(const void *target, ce_index_type type, int64_t i)
         uint64_t v = ((const uint64_t *)target)[i];
         return v > INT64_MAX ? INT64_MAX : (int64_t)v; /* too large to be a class or an ignore_index */
     }
+    default: return -1; /* no index */
     }
-    return -1;
 }
 
 double ce_sum_in_order(const double *values, int64_t n)
