@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt ce_fast/_kernels.pyx $(wildcard ce_fast/csrc/*)
 
-.PHONY: demo test bench accuracy lint clean
+.PHONY: demo test test-long bench accuracy lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m ce_fast.demo
@@ -12,6 +12,10 @@ demo: $(VENV)/installed
 test: export CE_FAST_REQUIRE_EXT = 1
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# every option with every other, in 100,000 random combinations
+test-long: $(VENV)/installed
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_losses.py -k options_combined
 
 # the ratio table, then the asv suite on this checkout
 bench: $(VENV)/installed

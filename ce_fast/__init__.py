@@ -24,7 +24,7 @@ from ce_fast.adapters.numpy import (
 )
 from ce_fast.backends import use_backend
 from ce_fast.config import __version__, show_config
-from ce_fast.distillation import DistillationLoss, TopKTeacher
+from ce_fast.distillation import DistillationLoss
 from ce_fast.losses import (
     BCELoss,
     BCEWithLogitsLoss,
@@ -36,6 +36,7 @@ from ce_fast.losses import (
     PolyLoss,
     SigmoidFocalLoss,
 )
+from ce_fast.top_k import TopKTeacher
 
 __all__ = [
     "BCELoss",

@@ -3,7 +3,6 @@ from ce_fast.plan import Plan
 
 DTYPES: dict[str, int]
 EMIT: dict[str | None, int]
-RULES: dict[str, int]
 ISAS: tuple[str, ...]
 
 def openmp_version() -> int: ...

@@ -11,6 +11,8 @@ from libc.string cimport memset
 
 cimport numpy as cnp
 
+from ce_fast.backends import RULES
+
 cnp.import_array()
 
 cdef extern from "ce_fast.h" nogil:
@@ -20,8 +22,7 @@ cdef extern from "ce_fast.h" nogil:
     ctypedef enum ce_emit:
         CE_NOTHING, CE_GRADIENT, CE_LOG_SOFTMAX
     ctypedef enum ce_rule:
-        CE_CROSS_ENTROPY, CE_FOCAL, CE_POLY, CE_GENERALIZED, CE_KL_FORWARD, CE_KL_REVERSE
-        CE_BINARY, CE_BINARY_PROBABILITY, CE_BINARY_FOCAL
+        pass
     enum:
         CE_TILE
     ctypedef struct ce_temperature:
@@ -81,11 +82,6 @@ DTYPES = {
     "int32": CE_INT32, "uint32": CE_UINT32, "int64": CE_INT64, "uint64": CE_UINT64,
 }
 EMIT = {None: CE_NOTHING, "gradient": CE_GRADIENT, "log_softmax": CE_LOG_SOFTMAX}
-RULES = {
-    "cross_entropy": CE_CROSS_ENTROPY, "focal": CE_FOCAL, "poly": CE_POLY, "generalized": CE_GENERALIZED,
-    "kl_forward": CE_KL_FORWARD, "kl_reverse": CE_KL_REVERSE,
-    "binary": CE_BINARY, "binary_probability": CE_BINARY_PROBABILITY, "binary_focal": CE_BINARY_FOCAL,
-}
 ISAS = tuple([ce_isa(i).name.decode() for i in range(ce_isa_count())])  # worst first
 
 
@@ -169,7 +165,7 @@ cdef int set_job(ce_job *view, job) except -1:
     view.upstream = <const double *>data_of(job.upstream)
     if left_out is not None:
         view.left_out, view.n_left_out = <const int64_t *>data_of(left_out), cnp.PyArray_DIM(left_out, 1)
-    view.rule, view.parameter = <ce_rule><int>RULES[job.rule], job.parameter
+    view.rule, view.parameter = <ce_rule><int>RULES.index(job.rule), job.parameter
     view.on, view.off, view.z_loss = job.on, job.off, job.z_loss
     view.temperature = ce_make_temperature(job.temperature)
     view.softcap = job.softcap or 0.0
@@ -238,7 +234,7 @@ cdef int set_element_job(ce_element_job *view, job) except -1:
     set_array(&view.loss, job.loss)
     set_array(&view.out, job.out)
     set_array(&view.hess, job.hess)
-    view.rule = <ce_rule><int>RULES[job.rule]
+    view.rule = <ce_rule><int>RULES.index(job.rule)
     view.gamma, view.alpha = job.gamma, -1.0 if job.alpha is None else job.alpha
     view.on, view.off = job.on, job.off
     view.scale, view.hess_scale, view.floor = job.scale, job.hess_scale, job.floor

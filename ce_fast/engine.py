@@ -11,6 +11,7 @@ from ce_fast.inputs import Logits
 from ce_fast.plan import Plan, make_plan
 
 if TYPE_CHECKING:
+    from ce_fast.distillation import DistillationLoss
     from ce_fast.losses import KLDivLoss, NLLLoss, _BinaryLoss, _Loss, _SoftmaxLoss
 
 Arrays = dict[str, np.ndarray | None]
@@ -45,15 +46,20 @@ def make_call_plan(logits: Logits, n_threads: int | None, *, wide: bool = False)
     return make_plan(logits.outer_shape, logits.n_classes, logits.rows.dtype, resolved, wide=wide)
 
 
+def count(loss: "_Loss | KLDivLoss | DistillationLoss", logits: Logits, rows: Rows) -> float:
+    """The divisor of the mean; IndexError at the first target that is no class."""
+    counted, weight_sum = inputs.check_targets(rows, logits)
+    n_rows = logits.rows.size // logits.n_classes
+    return reduction.divisor(loss.reduction, loss.denominator, n_rows, counted, weight_sum)
+
+
 def check_call(loss: "_Loss", logits: Logits, target, sample_weight) -> Call:
     inputs.check_weight(loss.weight, logits)
     indices, soft = inputs.as_targets(target, logits)
     if soft is not None and loss.check_target:
         inputs.check_distribution(soft)
     rows = Rows(indices, loss.ignore_index, loss.weight, inputs.as_sample_weight(sample_weight, logits))
-    counted, weight_sum = inputs.check_targets(rows, logits)
-    n_rows = logits.rows.size // logits.n_classes
-    return Call(logits, rows, soft, reduction.divisor(loss.reduction, loss.denominator, n_rows, counted, weight_sum))
+    return Call(logits, rows, soft, count(loss, logits, rows))
 
 
 def as_upstream(upstream, how: str, logits: Logits) -> tuple[float, np.ndarray | None]:
@@ -105,12 +111,9 @@ def divergence_loss(loss: "KLDivLoss", logits, target, sample_weight, ask: Ask =
     checked = inputs.as_logits(logits, loss.class_axis)
     other = inputs.as_distribution(target, checked)
     rows = Rows(sample_weight=inputs.as_sample_weight(sample_weight, checked))
-    counted, weight_sum = inputs.check_targets(rows, checked)
-    n_rows = checked.rows.size // checked.n_classes
-    divisor = reduction.divisor(loss.reduction, loss.denominator, n_rows, counted, weight_sum)
     if not loss.log_probs:
         inputs.warn_if_probabilities(checked)
-    return _run_rows(loss, divergence_fields(loss, checked, rows, other), checked, divisor, ask)
+    return _run_rows(loss, divergence_fields(loss, checked, rows, other), checked, count(loss, checked, rows), ask)
 
 
 def divergence_fields(loss: "KLDivLoss", logits: Logits, rows: Rows, other: np.ndarray) -> Fields:
@@ -186,6 +189,15 @@ def _writable(out: np.ndarray) -> np.ndarray:
     return np.empty(out.shape, out.dtype.newbyteorder("="))
 
 
+def run_block(fields: Fields, out: np.ndarray | None, n_threads: int | None, *, wide: bool) -> np.ndarray:
+    """The row losses of a job on some rows; its gradient to `out`, if any, of logits' shape."""
+    x = fields["logits"]
+    plan = make_call_plan(Logits(x, x, x.ndim - 1), n_threads, wide=wide)
+    losses = np.empty(plan.n_rows, plan.compute_dtype)
+    emit(fields | {"loss": losses}, plan, "gradient", out, x.ndim - 1)
+    return losses
+
+
 def transform(what: str, logits, *, class_axis, n_threads, out=None) -> np.ndarray:
     """softmax ("gradient" of logsumexp) or log_softmax, in logits' shape and dtype."""
     checked = inputs.as_logits(logits, class_axis)
@@ -215,42 +227,18 @@ def entropy(logits, *, class_axis, temperature, n_threads) -> np.ndarray:
 def element_loss(loss: "_BinaryLoss", logits, target, sample_weight, ask: Ask = VALUE):
     """(value, gradient or None, Hessian or None) of a loss of elements: binary, multi-label."""
     given = inputs.as_float_array(logits, loss.input_name)
-    shape = given.shape
-    job = ElementJob(
-        inputs.readable(given),
-        inputs.as_binary_target(target, shape),
-        loss.rule,
-        weight=inputs.as_operand(loss.weight, shape, "weight"),
-        pos_weight=inputs.as_operand(loss.pos_weight, shape, "pos_weight"),
-        sample_weight=inputs.as_element_weight(sample_weight, shape),
-        gamma=loss.focus[0],
-        alpha=loss.focus[1],
-        on=1 - loss.label_smoothing,
-        off=loss.label_smoothing / 2,
-    )
-    if loss.check_target and ask.out is not None:  # before it may overwrite the logits
-        inputs.check_unit_interval("target", job.target, job.sample_weight)
-    if loss.rule == "binary_probability":
-        inputs.check_unit_interval(loss.input_name, job.logits, job.sample_weight)
-    divisor = _element_divisor(loss.reduction, job)
-    factor, per_element = 1.0, None
-    if ask.upstream is not None and loss.reduction == "none":
-        per_element = inputs.as_operand(ask.upstream, shape, "upstream")
-    elif ask.upstream is not None:
-        factor = _as_number(ask.upstream, loss.reduction)
-    scale = factor * reduction.gradient_scale(divisor)
-    dtype = np.float64 if job.logits.dtype == np.float64 else np.float32
-    losses = np.empty(shape, dtype) if loss.reduction == "none" else None
-    grad = hess = place = None
+    job, divisor = _element_job(loss, given, target, sample_weight, ask)
+    losses = grad = hess = None
+    if loss.reduction == "none":
+        losses = np.empty(given.shape, np.float64 if job.logits.dtype == np.float64 else np.float32)
     if ask.gradient:
-        others = {"target": job.target, "weight": job.weight, "pos_weight": job.pos_weight}
-        others |= {"sample_weight": job.sample_weight, "upstream": per_element}
-        grad = inputs.as_out(ask.out, Logits(given, job.logits, 0), others)
-        place = _writable(grad)
+        names = ("target", "weight", "pos_weight", "sample_weight", "upstream")
+        others = {name: getattr(job, name) for name in names}
+        grad = inputs.as_out(ask.out, Logits(given, job.logits, 0), others, loss.input_name)
     if ask.hessian:
-        hess = np.empty(shape, job.logits.dtype)
-        job = replace(job, hess=hess, floor=_hess_floor(hess.dtype))
-    job = replace(job, upstream=per_element, out=place, loss=losses, scale=scale, hess_scale=scale)
+        hess = np.empty(given.shape, job.logits.dtype)
+    place = None if grad is None else _writable(grad)
+    job = replace(job, out=place, hess=hess, loss=losses, floor=_hess_floor(job.logits.dtype))
     n_threads = threads.resolve(loss.n_threads, given.size, backends.active().max_threads)
     plan = make_plan((given.size,), 1, job.logits.dtype, n_threads, wide=loss.wide)
     loss_sum, bad_target = backends.active().run_elements(_flat(job), plan)
@@ -258,8 +246,34 @@ def element_loss(loss: "_BinaryLoss", logits, target, sample_weight, ask: Ask = 
         inputs.check_unit_interval("target", job.target, job.sample_weight)
     if grad is not None and place is not grad:
         grad[...] = place
-    value = reduction.reduced(loss_sum, divisor) if losses is None else losses
-    return value, grad, hess
+    return (reduction.reduced(loss_sum, divisor) if losses is None else losses), grad, hess
+
+
+def _element_job(loss: "_BinaryLoss", given: np.ndarray, target, sample_weight, ask: Ask) -> tuple[ElementJob, float]:
+    """What a loss of elements reads, checked; the divisor of the mean."""
+    shape = given.shape
+    job = ElementJob(
+        inputs.readable(given),
+        inputs.as_binary_target(target, shape, loss.input_name),
+        loss.rule,
+        sample_weight=inputs.as_element_weight(sample_weight, shape),
+        **loss.fields(shape),
+    )
+    if job.logits.dtype != np.float64 and not loss.wide:
+        for name in ("weight", "pos_weight", "sample_weight"):
+            inputs.check_float32(getattr(job, name), name)
+    if loss.check_target and ask.out is not None:  # before it may overwrite the logits
+        inputs.check_unit_interval("target", job.target, job.sample_weight)
+    if loss.rule == "binary_probability":
+        inputs.check_unit_interval(loss.input_name, job.logits, job.sample_weight)
+    divisor = _element_divisor(loss.reduction, job)
+    factor, upstream = 1.0, None
+    if ask.upstream is not None and loss.reduction == "none":
+        upstream = inputs.as_operand(ask.upstream, shape, "upstream")
+    elif ask.upstream is not None:
+        factor = _as_number(ask.upstream, loss.reduction)
+    scale = factor * reduction.gradient_scale(divisor)
+    return replace(job, upstream=upstream, scale=scale, hess_scale=scale), divisor
 
 
 _OPERANDS = ("logits", "target", "weight", "pos_weight", "sample_weight", "upstream", "out", "hess", "loss")

@@ -5,7 +5,7 @@ Each class holds the options of one loss and is what every adapter uses undernea
 
 from dataclasses import KW_ONLY, dataclass
 from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -302,8 +302,8 @@ class FocalLoss(_SoftmaxLoss):
 
     Notes
     -----
-    Computed from -log p and 1 - p of the target, neither of which cancels or underflows first: loss and gradient are
-    finite for all finite logits and every gamma.
+    Computed from -log p, p and 1 - p of the target, each free of cancellation: loss and gradient are finite for all
+    finite logits and every gamma.
 
     Examples
     --------
@@ -488,6 +488,8 @@ class KLDivLoss(_Options):
             class_axis=inputs.check_class_axis(self.class_axis),
             n_threads=inputs.check_n_threads(self.n_threads),
         )
+        if not isinstance(self.log_probs, bool):
+            raise TypeError(f"log_probs is {self.log_probs!r}; expected True or False")
         if self.log_probs and (self.temperature != 1 or self.softcap is not None):
             raise ValueError("log_probs=True takes them as they are; temperature and softcap are for logits")
 
@@ -563,35 +565,25 @@ class NLLLoss(_Loss):
         self._refuse_hessian()
 
 
-@dataclass(frozen=True, eq=False)
 class _BinaryLoss(_Options):
     """A loss of each element, target between 0 and 1: what they share."""
 
-    weight: np.ndarray | None = None
-    reduction: str = "mean"
-    pos_weight: np.ndarray | None = None
-    _: KW_ONLY
-    label_smoothing: float = 0.0
-    n_threads: int | None = None
+    reduction: str
+    n_threads: int | None
     rule: ClassVar[str]
     wide: ClassVar[bool] = False
     input_name: ClassVar[str] = "logits"
-    _negative_weight: ClassVar[bool] = False
     check_target: ClassVar[bool] = True
-
-    @property
-    def focus(self) -> tuple[float, float | None]:
-        """(gamma, alpha)"""
-        return 0.0, None
 
     def __post_init__(self) -> None:
         self._set(
-            weight=inputs.as_binary_weight(self.weight, "weight", negative=self._negative_weight),
-            pos_weight=inputs.as_binary_weight(self.pos_weight, "pos_weight", negative=self._negative_weight),
             reduction=inputs.check_choice("reduction", self.reduction, REDUCTIONS),
-            label_smoothing=inputs.check_option("label_smoothing", self.label_smoothing, 0.0, 1.0),
             n_threads=inputs.check_n_threads(self.n_threads),
         )
+
+    def fields(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """The options of an `ElementJob` on logits of this shape."""
+        raise NotImplementedError
 
     def __call__(self, logits, target, sample_weight=None):
         """The loss.
@@ -628,7 +620,36 @@ class _BinaryLoss(_Options):
 
 
 @dataclass(frozen=True, eq=False)
-class BCEWithLogitsLoss(_BinaryLoss):
+class _BinaryEntropy(_BinaryLoss):
+    """Binary cross-entropy, of logits or of probabilities."""
+
+    weight: np.ndarray | None = None
+    reduction: str = "mean"
+    pos_weight: np.ndarray | None = None
+    _: KW_ONLY
+    label_smoothing: float = 0.0
+    n_threads: int | None = None
+    _negative_weight: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set(
+            weight=inputs.as_binary_weight(self.weight, "weight", negative=self._negative_weight),
+            pos_weight=inputs.as_binary_weight(self.pos_weight, "pos_weight", negative=self._negative_weight),
+            label_smoothing=inputs.check_option("label_smoothing", self.label_smoothing, 0.0, 1.0),
+        )
+
+    def fields(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        return {
+            "weight": inputs.as_operand(self.weight, shape, "weight"),
+            "pos_weight": inputs.as_operand(self.pos_weight, shape, "pos_weight"),
+            "on": 1 - self.label_smoothing,
+            "off": self.label_smoothing / 2,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class BCEWithLogitsLoss(_BinaryEntropy):
     r"""Binary cross-entropy of logits, for binary and multi-label targets, of any shape.
 
     .. math::
@@ -671,7 +692,7 @@ class BCEWithLogitsLoss(_BinaryLoss):
 
 
 @dataclass(frozen=True, eq=False)
-class BCELoss(_BinaryLoss):
+class BCELoss(_BinaryEntropy):
     r"""Binary cross-entropy of probabilities: :math:`l = -s\,w\,[y \log x + (1 - y) \log(1 - x)]`, in nats.
 
     Where there are logits, `BCEWithLogitsLoss` is exact; here the digits of a probability near 1 are gone, and so
@@ -744,13 +765,12 @@ class SigmoidFocalLoss(_BinaryLoss):
     rule = "binary_focal"
     wide = True
 
-    def __init__(self, alpha=0.25, gamma=2.0, reduction="mean", *, n_threads=None):
-        super().__init__(reduction=reduction, n_threads=n_threads)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._set(
-            alpha=None if alpha is None else inputs.check_option("alpha", alpha, 0.0, 1.0),
-            gamma=inputs.check_option("gamma", gamma, 0.0),
+            alpha=None if self.alpha is None else inputs.check_option("alpha", self.alpha, 0.0, 1.0),
+            gamma=inputs.check_option("gamma", self.gamma, 0.0),
         )
 
-    @property
-    def focus(self) -> tuple[float, float | None]:
-        return self.gamma, self.alpha
+    def fields(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        return {"alpha": self.alpha, "gamma": self.gamma}

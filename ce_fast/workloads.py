@@ -162,6 +162,46 @@ def _gradient(shape: Shape, n_threads: int) -> Calls:
     return calls
 
 
+def _binary(shape: Shape, n_threads: int, *, focal: bool = False) -> Calls:
+    """Against torch's function, and the formula of torchvision in torch's operations."""
+    logits, _ = make_logits(shape)
+    target = (np.arange(logits.size) % 3 == 0).astype(np.float32).reshape(shape)
+    loss = ce_fast.SigmoidFocalLoss() if focal else ce_fast.BCEWithLogitsLoss()
+    calls: Calls = {OURS: partial(loss.value_and_grad, logits, target)}
+    if not installed("torch"):
+        return calls
+    import torch
+
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits
+
+    def sigmoid_focal(x, y):
+        p = torch.sigmoid(x)
+        losses = entropy(x, y, reduction="none") * (1 - (p * y + (1 - p) * (1 - y))) ** 2
+        return ((0.25 * y + 0.75 * (1 - y)) * losses).mean()
+
+    return calls | {TORCH: _torch_step(sigmoid_focal if focal else entropy, logits, target)}
+
+
+def _distillation(shape: Shape, n_threads: int) -> Calls:
+    logits, target = make_logits(shape)
+    teacher = np.roll(logits, 1, axis=0) / 2 + logits / 2
+    loss = ce_fast.DistillationLoss(2.0, 0.5)
+    calls: Calls = {OURS: partial(loss.value_and_grad, logits, teacher, target)}
+    if not installed("torch"):
+        return calls
+    import torch
+    import torch.nn.functional as F
+
+    y = torch.from_numpy(teacher)
+
+    def distillation(x, target):
+        log_p, log_q = torch.log_softmax(x / 2, -1), torch.log_softmax(y / 2, -1)
+        soft = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+        return 0.5 * 4 * soft + 0.5 * F.cross_entropy(x, target)
+
+    return calls | {TORCH: _torch_step(distillation, logits, target)}
+
+
 def _autograd(shape: Shape, n_threads: int) -> Calls:
     if not installed("torch"):
         return {}
@@ -212,7 +252,7 @@ def _multinomial(shape: Shape, n_threads: int) -> Calls:
     return calls
 
 
-LONG, SHORT, PIXELS = (1024, 50257), (1_000_000, 10), (8, 21, 512, 512)
+LONG, SHORT, PIXELS, ELEMENTS = (1024, 50257), (1_000_000, 10), (8, 21, 512, 512), (4_000_000,)
 FORWARD = Workload(
     "forward",
     "forward float32",
@@ -230,6 +270,9 @@ WORKLOADS = (
     Workload("ten-gradient", "loss and gradient, 10 classes", SHORT, _gradient, (Peer(TORCH), Peer(JAX))),
     Workload("two", "forward, 2 classes", (1_000_000, 2), _forward, (Peer(TORCH),)),
     Workload("pixels", "forward, class axis 1", PIXELS, partial(_forward, class_axis=1), (Peer(TORCH),)),
+    Workload("binary", "binary, loss and gradient", ELEMENTS, _binary, (Peer(TORCH),)),
+    Workload("focal", "sigmoid focal, loss and gradient", ELEMENTS, partial(_binary, focal=True), (Peer(TORCH),)),
+    Workload("distillation", "distillation, loss and gradient", (256, 50257), _distillation, (Peer(TORCH),)),
     Workload("log-loss", "log_loss, float64", SHORT, _log_loss, (Peer(SKLEARN),)),
     Workload("multinomial", "loss and gradient, float64", (100_000, 100), _multinomial, (Peer(SKLEARN),)),
     Workload("small", "one small call, one thread", (32, 10), _forward, (Peer(TORCH),)),

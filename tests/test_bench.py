@@ -11,7 +11,7 @@ import pytest
 
 from ce_fast import bench, demo, workloads
 
-TINY = {2: (44, 11), 4: (2, 5, 4, 3)}  # by the number of dimensions; rows enough for every label to occur
+TINY = {1: (50,), 2: (44, 11), 4: (2, 5, 4, 3)}  # by the number of dimensions; rows enough for every label to occur
 TOLERANCE = {"bfloat16": 1e-2}  # torch's log-softmax is bfloat16 there; all else is float32 or float64
 ASV = Path(__file__).parents[1] / "asv_bench"
 

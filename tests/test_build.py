@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = {
-    "__init__", "config", "distillation", "engine", "inputs", "losses", "plan", "reduction", "threads",
+    "__init__", "config", "distillation", "engine", "inputs", "losses", "plan", "reduction", "threads", "top_k",
     "backends/__init__", "backends/compiled", "backends/numba",
     "adapters/__init__", "adapters/numpy", "adapters/sklearn", "adapters/torch",
     "adapters/torch_autograd",

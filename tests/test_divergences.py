@@ -766,3 +766,49 @@ def test_finite_differences_agree_with_the_gradient_of_distillation(pair, kind, 
             step[i, j] = h
             slope = (loss(x + step, teacher, **target) - loss(x - step, teacher, **target)) / (2 * h)
             assert slope == pytest.approx(grad[i, j], abs=3e-7)
+
+
+@pytest.mark.parametrize("offset", [2.0**20, -(2.0**10)])
+def test_adding_a_constant_to_both_rows_keeps_the_divergence(variant, offset, rng):
+    x = np.round(rng.standard_normal((5, 50)) * 1024) / 1024  # so that the sums are exact
+    y = x + np.round(rng.standard_normal((5, 50)) * 4) / 1024
+    for direction in ("forward", "reverse"):
+        kl = ce.kl_div(x, y, direction=direction, reduction="none")
+        moved = ce.kl_div(x + offset, y + offset, direction=direction, reduction="none")
+        np.testing.assert_allclose(moved, kl, rtol=1e-10)
+    np.testing.assert_allclose(ce.entropy(x + offset), ce.entropy(x), rtol=1e-14)
+
+
+def test_log_probabilities_past_the_largest_exponential_are_infinite(variant):
+    loss = ce.KLDivLoss(log_probs=True, direction="reverse")
+    assert loss([[800.0, 0.0]], [[0.0, 0.0]]) == np.inf
+
+
+def test_log_probs_is_a_flag():
+    with pytest.raises(TypeError, match="log_probs is None; expected True or False"):
+        ce.KLDivLoss(log_probs=None)
+
+
+@pytest.mark.parametrize("dtype_of_teacher", [np.float64, np.float32, np.float16])
+def test_a_bucket_that_rounding_leaves_nothing_of_makes_no_reverse_divergence_infinite(dtype_of_teacher, variant, rng):
+    teacher = rng.standard_normal((50, 8))
+    teacher[:, 5:] -= 40.0
+    indices = np.tile(np.arange(5), (50, 1))
+    log_probs = np.take_along_axis(ce.log_softmax(teacher), indices, 1).astype(dtype_of_teacher)
+    loss = ce.DistillationLoss(1.0, direction="reverse", reduction="none")
+    value, grad = loss.value_and_grad(teacher, ce.TopKTeacher(indices, log_probs))
+    assert np.isfinite(grad).all() and (value >= 0).all() and (value < 0.02).all()
+
+
+def test_out_may_not_overlap_the_indices_of_a_distillation():
+    buffer = np.zeros(6, np.float32)
+    target, out = buffer.view(np.int32)[:3], buffer.reshape(3, 2)
+    with pytest.raises(ValueError, match="out overlaps target"):
+        ce.DistillationLoss().value_and_grad(np.ones((3, 2), np.float32), np.ones((3, 2)), target, out=out)
+
+
+def test_float16_gradients_of_what_is_computed_in_float64_are_rounded_once(variant, rng):
+    x, y = (rng.standard_normal((200, 60)).astype(np.float16) for _ in range(2))
+    _, grad = ce.KLDivLoss("sum").value_and_grad(x, y)
+    _, wide = ce.KLDivLoss("sum").value_and_grad(x.astype(np.float64), y.astype(np.float64))
+    np.testing.assert_array_equal(grad, wide.astype(np.float16))

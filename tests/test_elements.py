@@ -1,5 +1,6 @@
 """The binary losses: logits, probabilities, focal; every backend, instruction set and dtype against the oracle."""
 
+import dataclasses
 import math
 import warnings
 
@@ -606,3 +607,27 @@ def test_binary_cross_entropy_is_that_of_two_softmax_classes(logits):
     np.testing.assert_allclose(ce.BCEWithLogitsLoss(reduction="none")(z, y), two, rtol=2e-15, atol=1e-300)
     focal = ce.FocalLoss(gamma=2.0, reduction="none")(np.stack([-z / 2, z / 2], -1), y)
     np.testing.assert_allclose(ce.SigmoidFocalLoss(None, 2.0, "none")(z, y), focal, rtol=1e-13, atol=1e-300)
+
+
+@pytest.mark.parametrize("name", ["weight", "pos_weight", "sample_weight"])
+def test_weights_beyond_float32_need_float64_logits(name):
+    for bad in (1e39, 1e-46):
+        options, given = ({}, [bad, 1.0]) if name == "sample_weight" else ({name: [bad, 1.0]}, None)
+        loss = ce.BCEWithLogitsLoss(**options)
+        assert np.isfinite(loss([0.5, -0.5], [1, 0], given))
+        with pytest.raises(ValueError, match=rf"{name}\[0\] is .*; logits that are not float64 take 0, or magnitudes"):
+            loss(np.float32([0.5, -0.5]), [1, 0], given)
+
+
+@pytest.mark.parametrize("gamma", [50.0, 1100.0, 1810.0, 1e308])
+def test_any_gamma_gives_finite_sigmoid_focal_losses_of_soft_targets(variant, gamma):
+    z, y = np.meshgrid([-30.0, -1.0, 0.0, 0.3, 30.0], [0.0, 0.26, 0.7, 1.0])
+    value, grad = ce.SigmoidFocalLoss(None, gamma, "none").value_and_grad(z, y)
+    assert np.isfinite(value).all() and np.isfinite(grad).all()
+    if gamma == 1100:
+        assert value[1, 4] == pytest.approx(3.1713536784666703e-143, rel=1e-9)
+
+
+def test_options_can_be_replaced():
+    loss = dataclasses.replace(ce.SigmoidFocalLoss(), gamma=1.0)
+    assert (loss.alpha, loss.gamma, loss.reduction) == (0.25, 1.0, "mean")

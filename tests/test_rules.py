@@ -323,3 +323,24 @@ def test_same_bits_for_any_number_of_threads(rule, rng):
     for value, grad in results[1:]:
         assert value == results[0][0]
         np.testing.assert_array_equal(grad, results[0][1])
+
+
+def test_hessian_of_a_confidently_wrong_class_keeps_its_digits(variant, dtype):
+    """p (1 - p) where p rounds to 1: what is left is the sum of the others."""
+    logits = np.array([[0, 20, 0], [0, 0, 20]], dtype)
+    _, hess = ce.CrossEntropyLoss(reduction="sum").grad_and_hess(logits, [0, 1])
+    left = 2 * np.exp(-20.0) / (1 + 2 * np.exp(-20.0)) ** 2
+    found = hess.astype(float)[[0, 1], [1, 2]]
+    floor = 2.0**-24 if dtype == np.float16 else 0
+    np.testing.assert_allclose(found, max(left, floor), rtol=1e-2 if dtype.itemsize == 2 else 1e-6)
+
+
+def test_hessian_is_finite_at_the_smallest_temperatures(variant):
+    _, hess = ce.CrossEntropyLoss(temperature=1e-20).grad_and_hess(np.float32([[1, 2, 3]]), [0])
+    assert np.isfinite(hess).all()
+
+
+def test_focal_factor_is_exact_where_1_minus_p_rounds_to_1(variant):
+    """(1 - p)^gamma with p = e^-36: gamma magnifies what 1 - p lost."""
+    p = np.exp(-36.0)
+    assert ce.FocalLoss(gamma=1e16)([[0.0, 36.0]], [0]) == pytest.approx(36 * np.exp(-1e16 * p), rel=1e-9)

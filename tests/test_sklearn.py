@@ -858,6 +858,7 @@ def test_read_only_and_misaligned_memmaps_are_read_right(tmp_path):
                 assert not p_.flags.writeable
 
 
+@pytest.mark.filterwarnings("ignore:logits look like probabilities")
 def test_arguments_are_left_as_they_were():
     y, p, w = sample(0, 50, 2)
     for answer in (p, p[:, 1], p[:, 1:], p.astype(np.float32)):

@@ -20,6 +20,10 @@ from types import ModuleType
 import numpy as np
 
 NAMES = ("compiled", "numba")  # in the order of choice
+RULES = (  # in the order of ce_rule in csrc/ce_fast.h
+    "cross_entropy", "focal", "poly", "generalized", "kl_forward", "kl_reverse",
+    "binary", "binary_probability", "binary_focal",
+)  # fmt: skip
 _choice: ContextVar[str | None] = ContextVar("ce_fast_backend", default=None)
 
 
@@ -47,7 +51,7 @@ class Job:
 
     logits: np.ndarray  # IN (outer..., n_classes)
     rows: Rows = Rows()  # IN
-    soft: np.ndarray | None = None  # IN (outer..., n_classes) class probabilities
+    soft: np.ndarray | None = None  # IN (outer..., n_classes) class probabilities; for kl the logits of q
     out: np.ndarray | None = None  # OUT (outer..., n_classes); may be logits itself
     hess: np.ndarray | None = None  # OUT (outer..., n_classes) diagonal Hessian, with emit="gradient"
     emit: str | None = None  # None | "gradient" | "log_softmax"

@@ -14,16 +14,12 @@ from typing import Any
 import numba
 import numpy as np
 
-from ce_fast.backends import ElementJob, Job, Rows
+from ce_fast.backends import RULES, ElementJob, Job, Rows
 from ce_fast.plan import Plan
 
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 _EMPTY = np.empty(0)
-RULES = (
-    "cross_entropy", "focal", "poly", "generalized", "kl_forward", "kl_reverse", "binary", "binary_probability",
-    "binary_focal",
-)  # fmt: skip
-CROSS_ENTROPY, FOCAL, POLY, GENERALIZED, KL_FORWARD, KL_REVERSE, _, BINARY_PROBABILITY, BINARY_FOCAL = range(9)
+CROSS_ENTROPY, FOCAL, POLY, GENERALIZED, KL_FORWARD, KL_REVERSE, BINARY, BINARY_PROBABILITY, BINARY_FOCAL = range(9)
 
 
 def max_threads() -> int:
@@ -155,12 +151,12 @@ def _log_parts(m, rest, x_t, temperature):
 def _term(rule, parameter, nll, p, rest):
     """(f, df/dnll) of a class: the rules of `csrc/rules.h`."""
     if rule == FOCAL:  # (1 - p)^gamma nll
-        factor = math.pow(rest, parameter)
+        factor = math.exp(parameter * math.log1p(-p)) if p < 0.5 else math.pow(rest, parameter)
         ratio = nll / rest if rest > 0 else 1.0
         slope = factor * (1.0 + (parameter * p * ratio if p > 0 else 0.0))
         return (factor if factor == 0 else factor * nll), slope
     if rule == POLY:  # nll + epsilon (1 - p)
-        return nll + parameter * rest, 1.0 + parameter * p
+        return nll + parameter * rest, 1.0 + parameter * p if p < 0.5 else (1.0 + parameter) - parameter * rest
     if rule == GENERALIZED:  # (1 - p^q) / q
         slope = math.pow(p, parameter) if p > 1e-300 else math.exp(-parameter * nll)
         return -math.expm1(-parameter * nll) / parameter, slope
@@ -385,7 +381,9 @@ def _modulation(mix, size, log1p_e, gamma):
     if mix != 0:
         return math.pow(mix, gamma) * near
     product = gamma * size
-    return near * (0.0 if product > 800 else math.exp(-product) * (1.0 - _product_error(gamma, size, product)))
+    if product == 0 or product > 800:
+        return near if product == 0 else 0.0
+    return near * math.exp(-product) * (1.0 - _product_error(gamma, size, product))
 
 
 @_jit

@@ -13,7 +13,7 @@ typedef enum {
     CE_INT8, CE_UINT8, CE_INT16, CE_UINT16, CE_INT32, CE_UINT32, CE_INT64, CE_UINT64
 } ce_dtype;
 typedef enum { CE_NOTHING, CE_GRADIENT, CE_LOG_SOFTMAX } ce_emit;
-typedef enum { /* rules.h */
+typedef enum { /* in the order of RULES in backends/__init__.py */
     CE_CROSS_ENTROPY, CE_FOCAL, CE_POLY, CE_GENERALIZED, CE_KL_FORWARD, CE_KL_REVERSE,
     CE_BINARY, CE_BINARY_PROBABILITY, CE_BINARY_FOCAL
 } ce_rule;

@@ -9,7 +9,9 @@
 
 typedef struct { /* one of the two */
     NAME(row) row;
-    double lse, inverse_sum; /* p_k = exp(z_k - m) inverse_sum */
+    double pivot, lse_minus_pivot; /* log p_k = (x_k - pivot) / temperature - lse_minus_pivot */
+    double inverse_sum;            /* p_k = exp(z_k - m) inverse_sum */
+    REAL most;                     /* of a log-probability, so that its exp is finite */
     NAME(exp_args) exp;
     ce_class top; /* the largest class, whose nll lse - z loses where it is near certain */
 } NAME(distribution);
@@ -18,6 +20,7 @@ static NAME(distribution) NAME(distribution_of)(const ce_job *job, int64_t i)
 {
     NAME(distribution) d = {{job, job->logits.data + NAME(offset)(job, &job->logits, i), NULL, NULL, -1, 0, NULL, NULL}};
     d.inverse_sum = 1;
+    d.most = job->log_probs ? 709 : INFINITY;
     d.exp = NAME(exp_prepare)(0, 0, &job->temperature);
     if (job->log_probs)
         return d;
@@ -25,7 +28,8 @@ static NAME(distribution) NAME(distribution_of)(const ce_job *job, int64_t i)
     double x_t = NAME(logit)(&d.row, d.row.t);
     NAME(sums) sums = NAME(statistics)(&d.row, x_t);
     ce_row_stats stats = NAME(row_stats)(&d.row, &sums, x_t);
-    d.lse = stats.lse;
+    d.pivot = stats.pivot;
+    d.lse_minus_pivot = stats.lse_minus_pivot;
     d.inverse_sum = 1 / stats.sum;
     d.exp = sums.exp;
     d.top = stats.target;
@@ -38,8 +42,8 @@ static void NAME(log_prob_tile)(const NAME(distribution) *d, int64_t j, int64_t 
     const NAME(row) *row = &d->row;
     NAME(load_logits)(row, j, n, log_p);
     for (int64_t k = 0; k < n; k++) {
-        p[k] = NAME(exp)(log_p[k], d->exp) * d->inverse_sum;
-        log_p[k] = log_p[k] / row->job->temperature.value - d->lse;
+        p[k] = log_p[k] > d->most ? INFINITY : NAME(exp)(log_p[k], d->exp) * d->inverse_sum;
+        log_p[k] = (log_p[k] - d->pivot) / row->job->temperature.value - d->lse_minus_pivot;
     }
     if (row->t < j || row->t >= j + n)
         return;
@@ -64,6 +68,7 @@ static void NAME(pair_tile)(const NAME(distribution) *model, const NAME(distribu
 static REAL NAME(bregman)(REAL d)
 {
     REAL sum = 1;
+#pragma GCC unroll 16
     for (int i = 16; i > 2; i--)
         sum = 1 - sum * (d * ((REAL)1 / (REAL)i));
     return sum * d * d / 2;
@@ -94,14 +99,19 @@ static double NAME(divergence)(const NAME(distribution) *model, const NAME(distr
 }
 
 /* g by z to d, h by z to q */
-static void NAME(divergence_slopes)(const ce_job *job, double shift, int64_t n, const REAL *p, REAL *q, REAL *d)
+static void NAME(divergence_slopes)(const NAME(distribution) *model, double shift, int64_t j, int64_t n, const REAL *p,
+                                    REAL *q, REAL *d)
 {
+    const ce_job *job = model->row.job;
+    int64_t top = model->row.t - j;
     int reverse = job->rule == CE_KL_REVERSE;
     for (int64_t k = 0; k < n; k++) {
         REAL forward = (job->log_probs ? 0 : p[k]) - q[k];
         d[k] = !reverse ? forward : p[k] == 0 ? 0 : -p[k] * (d[k] + shift);
         q[k] = p[k] * (1 - p[k]);
     }
+    if (top >= 0 && top < n)
+        q[top] = model->top.p * model->top.rest;
 }
 
 static void NAME(write_divergence)(const NAME(distribution) *model, const NAME(distribution) *other, double shift,
@@ -113,7 +123,7 @@ static void NAME(write_divergence)(const NAME(distribution) *model, const NAME(d
     for (int64_t j = 0; j < job->n_classes; j += CE_TILE) {
         int64_t n = job->n_classes - j < CE_TILE ? job->n_classes - j : CE_TILE;
         NAME(pair_tile)(model, other, j, n, p, q, d);
-        NAME(divergence_slopes)(job, shift, n, p, q, d);
+        NAME(divergence_slopes)(model, shift, j, n, p, q, d);
         for (int64_t k = 0; k < n; k++)
             slope[k] = 1;
         if (job->softcap != 0) {

@@ -47,7 +47,7 @@ static void NAME(scatter)(const ce_element_job *job, const ce_array *array, int6
 /* loss = down softplus(z) + up softplus(-z);  its gradient down p - up (1 - p);  its Hessian (down + up) p (1 - p) */
 static void NAME(binary_tile)(NAME(element_tile) *t, int64_t n)
 {
-    static const ce_temperature one = {1, 0x1.71547652b82fep0, 0x1.62e42feep-1, 0x1.a39ef35793c76p-33};
+    ce_temperature one = CE_TEMPERATURE_1;
     NAME(exp_args) args = NAME(exp_prepare)(0, 0, &one);
     for (int64_t k = 0; k < n; k++) {
         REAL z = t->z[k], up = t->up[k], down = t->down[k];
@@ -71,15 +71,17 @@ static void NAME(probability_tile)(NAME(element_tile) *t, int64_t n)
     }
 }
 
+#if !REAL_IS_FLOAT
 /* u^gamma of u = mix / (1 + e), or of e / (1 + e) if mix is 0: in parts whose logarithms are small, or exact, for gamma
    magnifies their errors. With mix = 2^k f: 2^(gamma k) f^gamma (1 + e)^-gamma exp(-gamma size). */
 CE_INLINE REAL NAME(modulation)(REAL mix, REAL size, REAL log1p_e, REAL gamma, NAME(exp_args) args)
 {
-    REAL f, k = NAME(split)(mix == 0 ? 1 : mix, &f), n = rint(gamma * k);
-    REAL rest = ((gamma * k - n) + __builtin_fma(gamma, k, -(gamma * k))) * (REAL)0.6931471805599453;
+    REAL f, k = NAME(split)(mix == 0 || mix > 1 ? 1 : mix, &f), n = rint(gamma * k > -1e6 ? gamma * k : -1e6);
+    REAL rest = ((gamma * k - n) + __builtin_fma(gamma, k, -(gamma * k))) * 0.6931471805599453;
     REAL product = gamma * size, lost = __builtin_fma(gamma, size, -product);
     REAL power = NAME(exp2)(n) * NAME(exp)(rest + gamma * (NAME(twice_atanh)((f - 1) / (f + 1)) - log1p_e), args);
     REAL far = product > 800 ? 0 : NAME(exp)(-product, args) * (1 - lost); /* exp is 0 from 709 on */
+    power = gamma * k < -1e6 ? 0 : power; /* as rest would be NaN of a gamma near infinity */
     return gamma == 0 ? 1 : mix == 0 ? power * far : power;
 }
 
@@ -88,7 +90,7 @@ CE_INLINE REAL NAME(modulation)(REAL mix, REAL size, REAL log1p_e, REAL gamma, N
    has a limit where b is 0: nothing is infinite at any finite z. */
 static void NAME(focal_tile)(const ce_element_job *job, NAME(element_tile) *t, int64_t n)
 {
-    static const ce_temperature one = {1, 0x1.71547652b82fep0, 0x1.62e42feep-1, 0x1.a39ef35793c76p-33};
+    ce_temperature one = CE_TEMPERATURE_1;
     NAME(exp_args) args = NAME(exp_prepare)(0, 0, &one);
     REAL gamma = (REAL)job->gamma, alpha = (REAL)job->alpha;
     for (int64_t k = 0; k < n; k++) {
@@ -109,6 +111,7 @@ static void NAME(focal_tile)(const ce_element_job *job, NAME(element_tile) *t, i
         t->hess[k] = nothing ? 0 : c * factor * slope * (p * q);
     }
 }
+#endif
 
 /* the operands of elements [first, first + n); 1 if a target that counts lies outside [0, 1] */
 static int NAME(read_elements)(const ce_element_job *job, int64_t first, int64_t n, NAME(element_tile) *t)
@@ -156,9 +159,12 @@ static double NAME(elements)(const ce_element_job *job, int64_t first, int64_t l
     for (int64_t i = first; i < last; i += CE_TILE) {
         int64_t n = last - i < CE_TILE ? last - i : CE_TILE;
         *bad |= NAME(read_elements)(job, i, n, &tile);
+#if !REAL_IS_FLOAT /* gamma magnifies roundings: the focal loss of float32 is computed in double too */
         if (job->rule == CE_BINARY_FOCAL)
             NAME(focal_tile)(job, &tile, n);
-        else if (job->rule == CE_BINARY_PROBABILITY)
+        else
+#endif
+        if (job->rule == CE_BINARY_PROBABILITY)
             NAME(probability_tile)(&tile, n);
         else
             NAME(binary_tile)(&tile, n);

@@ -371,22 +371,32 @@ static void NAME(pull_tile)(const NAME(row) *row, const NAME(slopes) *g, int64_t
                 pull[k] *= (REAL)ce_term_of(job, NAME(class)(job, x[k], &g->stats)).slope;
 }
 
-/* h p_k (1 - p_k) >= floor, of e_k = exp(z_k - m) */
+/* sum_{i != k} p_i */
+static double NAME(others)(const NAME(row) *row, int64_t k, const ce_row_stats *s)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < row->job->n_classes; i++)
+        sum += i == k ? 0 : NAME(class)(row->job, (REAL)NAME(logit)(row, i), s).p;
+    return sum;
+}
+
+/* h p_k (1 - p_k) >= floor, of e_k = exp(z_k - m); 1 - p is exact also where p is near 1 */
 static void NAME(write_hess)(const NAME(row) *row, const NAME(slopes) *g, int64_t j, int64_t n, const REAL *e,
                              const REAL *slope, char *hess)
 {
     const ce_job *job = row->job;
-    REAL buffer[CE_TILE], inverse = (REAL)g->inverse_sum, h = (REAL)(g->hess_scale * g->rule.h);
-    REAL floor = (REAL)job->floor;
+    REAL buffer[CE_TILE];
+    double h = g->hess_scale * g->rule.h;
     for (int64_t k = 0; k < n; k++) {
-        REAL p = e[k] * inverse;
-        buffer[k] = h * (p * (1 - p));
-    }
-    if (row->t >= j && row->t < j + n)
-        buffer[row->t - j] = (REAL)(g->hess_scale * g->rule.h * (g->stats.target.p * g->stats.target.rest));
-    for (int64_t k = 0; k < n; k++) {
-        REAL v = job->softcap != 0 ? buffer[k] * slope[k] * slope[k] : buffer[k];
-        buffer[k] = v < floor ? floor : v;
+        double p = (double)e[k] * g->inverse_sum, rest = 1 - p;
+        if (j + k == row->t) {
+            p = g->stats.target.p;
+            rest = g->stats.target.rest;
+        } else if (p > 0.5) {
+            rest = NAME(others)(row, j + k, &g->stats);
+        }
+        double v = h * p * rest * (job->softcap != 0 ? (double)slope[k] * (double)slope[k] : 1);
+        buffer[k] = (REAL)(v < job->floor ? job->floor : v);
     }
     NAME(store)(hess + j * job->hess.class_stride, job->hess.class_stride, job->hess.dtype, n, buffer);
 }

@@ -26,7 +26,7 @@ static inline ce_term ce_cross_entropy(ce_class c)
 /* f = (1 - p)^gamma nll (Lin et al., arXiv:1708.02002); du/dn = p with u = 1 - p, and nll / u -> 1 as u -> 0 */
 static inline ce_term ce_focal(ce_class c, double gamma)
 {
-    double factor = pow(c.rest, gamma);
+    double factor = c.p < 0.5 ? exp(gamma * log1p(-c.p)) : pow(c.rest, gamma); /* 1 - p rounds where p is small */
     double ratio = c.rest > 0 ? c.nll / c.rest : 1;
     return (ce_term){factor == 0 ? factor : factor * c.nll, factor * (1 + (c.p > 0 ? gamma * c.p * ratio : 0))};
 }
@@ -34,7 +34,7 @@ static inline ce_term ce_focal(ce_class c, double gamma)
 /* f = nll + epsilon (1 - p) (Leng et al., arXiv:2204.12511) */
 static inline ce_term ce_poly(ce_class c, double epsilon)
 {
-    return (ce_term){c.nll + epsilon * c.rest, 1 + epsilon * c.p};
+    return (ce_term){c.nll + epsilon * c.rest, c.p < 0.5 ? 1 + epsilon * c.p : (1 + epsilon) - epsilon * c.rest};
 }
 
 /* f = (1 - p^q) / q (Zhang and Sabuncu, arXiv:1805.07836) */

@@ -22,6 +22,17 @@ CE_INLINE float ce_from_float16(uint16_t h)
     return ce_as_float(u | sign);
 }
 
+/* A double to float, towards the one whose last bit is 1 unless it is exact: what is rounded to 16 bits after that is
+   as if it had been rounded once. */
+CE_INLINE float ce_to_odd(double v)
+{
+    float f = (float)v;
+    double back = (double)f;
+    uint32_t u = ce_as_bits(f), down = (v < 0 ? back < v : back > v) ? 1 : 0; /* away from zero: step back */
+    u = back == v || v != v ? u : (u - down) | 1;
+    return ce_as_float(u);
+}
+
 /* to nearest, ties to even; NaN stays NaN */
 CE_INLINE uint16_t ce_to_bfloat16(float f)
 {
@@ -82,17 +93,27 @@ static void NAME(load)(const char *restrict src, int64_t stride, ce_dtype dtype,
     }
 }
 
+#if REAL_IS_FLOAT
+#define CE_TO_FLOAT16 ce_to_float16
+#define CE_TO_BFLOAT16 ce_to_bfloat16
+#else
+#define CE_TO_FLOAT16(v) ce_to_float16(ce_to_odd(v))
+#define CE_TO_BFLOAT16(v) ce_to_bfloat16(ce_to_odd(v))
+#endif
+
 static void NAME(store)(char *restrict dst, int64_t stride, ce_dtype dtype, int64_t n, const REAL *restrict src)
 {
     switch (dtype) {
     case CE_FLOAT64: CE_EACH(CE_WRITE, double, )
     case CE_FLOAT32: CE_EACH(CE_WRITE, float, )
-    case CE_FLOAT16: CE_EACH(CE_WRITE, uint16_t, ce_to_float16)
-    case CE_BFLOAT16: CE_EACH(CE_WRITE, uint16_t, ce_to_bfloat16)
+    case CE_FLOAT16: CE_EACH(CE_WRITE, uint16_t, CE_TO_FLOAT16)
+    case CE_BFLOAT16: CE_EACH(CE_WRITE, uint16_t, CE_TO_BFLOAT16)
     default: return; /* no result has an integer dtype */
     }
 }
 
+#undef CE_TO_FLOAT16
+#undef CE_TO_BFLOAT16
 #undef CE_READ
 #undef CE_WRITE
 #undef CE_EACH

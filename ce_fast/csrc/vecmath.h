@@ -19,6 +19,7 @@
 #ifndef CE_VECMATH_COMMON
 #define CE_VECMATH_COMMON
 #define CE_BASE_LIMIT 4096.0
+#define CE_TEMPERATURE_1 ((ce_temperature){1, 0x1.71547652b82fep0, 0x1.62e42feep-1, 0x1.a39ef35793c76p-33})
 
 /* exp(d / T) 2^-n in double precision, for the few scalars of a row */
 CE_INLINE double ce_exp_scaled(double d, int64_t n, const ce_temperature *t)
@@ -131,6 +132,7 @@ CE_INLINE REAL NAME(exp)(REAL x, NAME(exp_args) a)
 CE_INLINE REAL NAME(twice_atanh)(REAL s)
 {
     REAL v = s * s, sum = 0;
+#pragma GCC unroll 17
     for (int i = ATANH_TERMS; i > 0; i--)
         sum = (sum + (REAL)1 / (REAL)(2 * i + 1)) * v;
     return 2 * (s + s * sum);
@@ -140,6 +142,7 @@ CE_INLINE REAL NAME(twice_atanh)(REAL s)
 CE_INLINE REAL NAME(expm1)(REAL x)
 {
     REAL sum = 1;
+#pragma GCC unroll 14
     for (int i = 14; i > 1; i--)
         sum = 1 + sum * (x * ((REAL)1 / (REAL)i));
     return x * sum;
@@ -151,21 +154,22 @@ CE_INLINE REAL NAME(log1p)(REAL e)
     return NAME(twice_atanh)(e / (2 + e));
 }
 
-/* k and f of a normal number v = 2^k f, 0.75 <= f < 1.5 */
+/* k and f of a normal number v = 2^k f, 0.5 < f <= 1 */
 CE_INLINE REAL NAME(split)(REAL v, REAL *f)
 {
-    SINT bits, least = ((SINT)BIAS << MANTISSA) - ((SINT)1 << (MANTISSA - 1)); /* the bits of 0.75 */
+    UINT bits;
     memcpy(&bits, &v, sizeof bits);
-    SINT k = (bits - least) >> MANTISSA;
-    bits -= k << MANTISSA;
+    int k = (int)((bits - 1) >> MANTISSA) - (BIAS - 1);
+    bits -= (UINT)(SINT)k << MANTISSA;
     memcpy(f, &bits, sizeof bits);
-    return (REAL)(int)k;
+    return (REAL)k;
 }
 
-/* 2^n of an integer n <= 0, 0 where it would be subnormal */
+/* 2^n of an integer n <= 0; 0 where it would be subnormal, and of NaN */
 CE_INLINE REAL NAME(exp2)(REAL n)
 {
-    SINT bits = (SINT)(int)((n < 1 - BIAS ? -(REAL)BIAS : n) + BIAS) << MANTISSA;
+    int exponent = n >= 1 - BIAS && n <= 0 ? (int)n : -BIAS;
+    UINT bits = (UINT)(exponent + BIAS) << MANTISSA;
     REAL power;
     memcpy(&power, &bits, sizeof power);
     return power;
