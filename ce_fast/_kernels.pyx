@@ -6,7 +6,7 @@ shape, and kept alive during the call.
 """
 from cython.parallel cimport prange, threadid
 from libc.stdint cimport int64_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 cimport numpy as cnp
@@ -15,7 +15,10 @@ from ce_fast.backends import RULES
 
 cnp.import_array()
 
-cdef extern from "ce_fast.h" nogil:
+cdef extern from "<stdlib.h>" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
+cdef extern from "sums.h" nogil:
     ctypedef enum ce_dtype:
         CE_FLOAT64, CE_FLOAT32, CE_FLOAT16, CE_BFLOAT16
         CE_INT8, CE_UINT8, CE_INT16, CE_UINT16, CE_INT32, CE_UINT32, CE_INT64, CE_UINT64
@@ -23,8 +26,6 @@ cdef extern from "ce_fast.h" nogil:
         CE_NOTHING, CE_GRADIENT, CE_LOG_SOFTMAX
     ctypedef enum ce_rule:
         pass
-    enum:
-        CE_TILE
     ctypedef struct ce_temperature:
         pass
     ctypedef struct ce_array:
@@ -32,8 +33,11 @@ cdef extern from "ce_fast.h" nogil:
         ce_dtype dtype
         int64_t class_stride
         int64_t *outer_stride
-    ctypedef struct ce_reference:
-        pass
+    ctypedef struct ce_sum:
+        double high, low
+    ctypedef struct ce_tally:
+        ce_sum loss, weight
+        int64_t counted, bad
     ctypedef struct ce_job:
         int64_t n_rows, n_classes
         int n_outer
@@ -61,11 +65,13 @@ cdef extern from "ce_fast.h" nogil:
         ce_array logits, target, weight, pos_weight, sample_weight, upstream, loss, out, hess
         ce_rule rule
         double gamma, alpha, on, off, scale, hess_scale, floor
-    ctypedef double (*ce_rows_fn)(const ce_job *, int64_t, int64_t, ce_reference *)
+    ctypedef void (*ce_rows_fn)(const ce_job *, int64_t, int64_t, void *, ce_tally *)
+    ctypedef size_t (*ce_scratch_fn)(const ce_job *)
     ctypedef double (*ce_elements_fn)(const ce_element_job *, int64_t, int64_t, int *)
     ctypedef struct ce_table:
         const char *name
         ce_rows_fn rows_float64, rows_float32
+        ce_scratch_fn scratch_float64, scratch_float32
         ce_elements_fn elements_float64, elements_float32
     int ce_isa_count()
     const ce_table *ce_isa(int i)
@@ -74,7 +80,9 @@ cdef extern from "ce_fast.h" nogil:
     double ce_sum_in_order(const double *values, int64_t n)
     void ce_sum_weights(ce_job *)
     ce_temperature ce_make_temperature(double value)
-    int64_t ce_scan_targets(const ce_job *, int64_t *n_counted, double *weight_sum)
+    ce_tally ce_scan_targets(const ce_job *)
+    ce_tally ce_add_up(const ce_tally *blocks, int64_t n)
+    double ce_total(const ce_sum *)
 
 DTYPES = {
     "float64": CE_FLOAT64, "float32": CE_FLOAT32, "float16": CE_FLOAT16, "bfloat16": CE_BFLOAT16,
@@ -135,17 +143,20 @@ cdef int set_rows(ce_job *job, rows) except -1:
     return 0
 
 
+cdef tuple counts_of(ce_tally *tally):
+    return tally.bad, tally.counted, ce_total(&tally.weight)
+
+
 def scan_targets(rows, int64_t n_rows, int64_t n_classes):
     """(first bad position or -1, number of rows that count, sum of their weights)."""
     cdef ce_job job
-    cdef int64_t counted = 0, bad
-    cdef double weight_sum = 0
+    cdef ce_tally tally
     memset(&job, 0, sizeof(job))
     job.n_rows, job.n_classes = n_rows, n_classes
     set_rows(&job, rows)
     with nogil:
-        bad = ce_scan_targets(&job, &counted, &weight_sum)
-    return bad, counted, weight_sum
+        tally = ce_scan_targets(&job)
+    return counts_of(&tally)
 
 
 cdef int set_job(ce_job *view, job) except -1:
@@ -177,44 +188,44 @@ cdef int set_job(ce_job *view, job) except -1:
 
 
 def run_rows(int isa, plan, job):
-    """Run one job on rows; returns the sum of the losses, the same bits for any number of threads."""
+    """Run one job on rows; returns (the sum of the losses, *what `scan_targets` does), the same bits for any number of
+    threads."""
     cdef ce_job view
-    cdef int64_t n_rows = plan.n_rows, block_rows = plan.block_rows, n_tiles = 0
-    cdef int64_t b, first, last, n_blocks = (n_rows + block_rows - 1) // block_rows
+    cdef ce_tally tally
+    cdef int64_t n_rows = plan.n_rows, block_rows = plan.block_rows
+    cdef int64_t b, n_blocks = (n_rows + block_rows - 1) // block_rows
     cdef int n_threads = plan.n_threads, chunk_blocks = plan.chunk_blocks
     cdef bint wide = plan.compute_dtype.itemsize == 8
     cdef ce_rows_fn rows = ce_isa(isa).rows_float64 if wide else ce_isa(isa).rows_float32
-    cdef double *sums
-    cdef ce_reference *tiles
-    cdef double total = 0
+    cdef size_t scratch_size
+    cdef ce_tally *blocks
+    cdef char *scratch
 
     set_job(&view, job)
     view.n_rows = n_rows
-    if view.emit == CE_GRADIENT:
-        n_tiles = (view.n_classes + CE_TILE - 1) // CE_TILE
-    sums = <double *>calloc(n_blocks + 1, sizeof(double))
-    tiles = <ce_reference *>malloc((n_threads * n_tiles + 1) * sizeof(ce_reference))
-    if sums == NULL or tiles == NULL:
-        free(sums)
-        free(tiles)
-        raise MemoryError(f"no memory for {n_blocks} partial sums and {n_threads * n_tiles} tile references")
+    scratch_size = (ce_isa(isa).scratch_float64 if wide else ce_isa(isa).scratch_float32)(&view)
+    blocks = <ce_tally *>calloc(n_blocks + 1, sizeof(ce_tally))
+    scratch = <char *>aligned_alloc(64, n_threads * scratch_size)
+    if blocks == NULL or scratch == NULL:
+        free(blocks)
+        free(scratch)
+        raise MemoryError(f"no memory for {n_blocks} partial sums and {n_threads * scratch_size} bytes of scratch")
     with nogil:
         if view.off != 0 and view.target != NULL:  # smoothed class indices alone read it
             ce_sum_weights(&view)
+        for b in range(n_blocks):
+            blocks[b].bad = -1
         if n_threads == 1:
             for b in range(n_blocks):
-                first = b * block_rows
-                last = min(first + block_rows, n_rows)
-                sums[b] = rows(&view, first, last, tiles)
+                rows(&view, b * block_rows, min((b + 1) * block_rows, n_rows), scratch, &blocks[b])
         else:
             for b in prange(n_blocks, schedule="dynamic", chunksize=chunk_blocks, num_threads=n_threads):
-                first = b * block_rows
-                last = min(first + block_rows, n_rows)
-                sums[b] = rows(&view, first, last, tiles + threadid() * n_tiles)
-        total = ce_sum_in_order(sums, n_blocks)
-    free(sums)
-    free(tiles)
-    return total
+                rows(&view, b * block_rows, min((b + 1) * block_rows, n_rows), scratch + threadid() * scratch_size,
+                     &blocks[b])
+        tally = ce_add_up(blocks, n_blocks)
+    free(blocks)
+    free(scratch)
+    return (ce_total(&tally.loss), *counts_of(&tally))
 
 
 cdef int set_element_job(ce_element_job *view, job) except -1:

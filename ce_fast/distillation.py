@@ -185,13 +185,14 @@ def _check(loss: DistillationLoss, logits: Logits, target, sample_weight) -> eng
     if target is not None:
         return engine.check_call(loss.hard, logits, target, sample_weight)
     rows = Rows(sample_weight=inputs.as_sample_weight(sample_weight, logits))
-    return engine.Call(logits, rows, None, 1.0)
+    return engine.Call(logits, rows, None)
 
 
 def _hard_term(loss: DistillationLoss, call: engine.Call, factor: float, upstream) -> Term:
-    scale = upstream[0] * factor * reduction.gradient_scale(call.divisor)
+    divisor = engine.count(loss.hard, call.logits, call.rows)
+    scale = upstream[0] * factor * reduction.gradient_scale(divisor)
     run = _job_run(loss, engine.softmax_fields(loss.hard, call), upstream[1], scale, wide=loss.hard.wide)
-    return Term(factor, call.divisor, run)
+    return Term(factor, divisor, run)
 
 
 def _soft_term(

@@ -38,7 +38,6 @@ class Call:
     logits: Logits
     rows: Rows
     soft: np.ndarray | None
-    divisor: float
 
 
 def make_call_plan(logits: Logits, n_threads: int | None, *, wide: bool = False) -> Plan:
@@ -48,7 +47,12 @@ def make_call_plan(logits: Logits, n_threads: int | None, *, wide: bool = False)
 
 def count(loss: "_Loss | KLDivLoss | DistillationLoss", logits: Logits, rows: Rows) -> float:
     """The divisor of the mean; IndexError at the first target that is no class."""
-    counted, weight_sum = inputs.check_targets(rows, logits)
+    n_rows = logits.rows.size // logits.n_classes
+    return _divisor(loss, logits, rows, *backends.active().scan_targets(rows, n_rows, logits.n_classes))
+
+
+def _divisor(loss, logits: Logits, rows: Rows, bad: int, counted: int, weight_sum: float) -> float:
+    inputs.check_target_found(bad, rows, logits)
     n_rows = logits.rows.size // logits.n_classes
     return reduction.divisor(loss.reduction, loss.denominator, n_rows, counted, weight_sum)
 
@@ -59,7 +63,7 @@ def check_call(loss: "_Loss", logits: Logits, target, sample_weight) -> Call:
     if soft is not None and loss.check_target:
         inputs.check_distribution(soft)
     rows = Rows(indices, loss.ignore_index, loss.weight, inputs.as_sample_weight(sample_weight, logits))
-    return Call(logits, rows, soft, count(loss, logits, rows))
+    return Call(logits, rows, soft)
 
 
 def as_upstream(upstream, how: str, logits: Logits) -> tuple[float, np.ndarray | None]:
@@ -103,7 +107,7 @@ def softmax_loss(loss: "_SoftmaxLoss", logits, target, sample_weight, ask: Ask =
     checked = inputs.as_logits(logits, loss.class_axis, target=target)
     call = check_call(loss, checked, target, sample_weight)
     inputs.warn_if_probabilities(checked)
-    return _run_rows(loss, softmax_fields(loss, call), checked, call.divisor, ask)
+    return _run_rows(loss, softmax_fields(loss, call), call.rows, checked, ask)
 
 
 def divergence_loss(loss: "KLDivLoss", logits, target, sample_weight, ask: Ask = VALUE):
@@ -113,7 +117,7 @@ def divergence_loss(loss: "KLDivLoss", logits, target, sample_weight, ask: Ask =
     rows = Rows(sample_weight=inputs.as_sample_weight(sample_weight, checked))
     if not loss.log_probs:
         inputs.warn_if_probabilities(checked)
-    return _run_rows(loss, divergence_fields(loss, checked, rows, other), checked, count(loss, checked, rows), ask)
+    return _run_rows(loss, divergence_fields(loss, checked, rows, other), rows, checked, ask)
 
 
 def divergence_fields(loss: "KLDivLoss", logits: Logits, rows: Rows, other: np.ndarray) -> Fields:
@@ -128,10 +132,11 @@ def divergence_fields(loss: "KLDivLoss", logits: Logits, rows: Rows, other: np.n
     }
 
 
-def _run_rows(loss: "_SoftmaxLoss | KLDivLoss", fields: Fields, logits: Logits, divisor: float, ask: Ask):
-    """A job with what is asked for, run and reduced."""
+def _run_rows(loss: "_SoftmaxLoss | KLDivLoss", fields: Fields, rows: Rows, logits: Logits, ask: Ask):
+    """A job with what is asked for, run and reduced. A gradient is scaled as it is made, so targets are counted before;
+    for a value alone the same pass counts them."""
     factor, row_factors = as_upstream(ask.upstream, loss.reduction, logits)
-    scale = factor * reduction.gradient_scale(divisor)
+    scale = factor * reduction.gradient_scale(count(loss, logits, rows)) if ask.gradient else 1.0
     plan = make_call_plan(logits, loss.n_threads, wide=loss.wide)
     row_losses = np.empty(plan.n_rows, plan.compute_dtype) if loss.reduction == "none" else None
     fields |= {"upstream": row_factors, "loss": row_losses, "scale": scale / loss.temperature}
@@ -142,7 +147,9 @@ def _run_rows(loss: "_SoftmaxLoss | KLDivLoss", fields: Fields, logits: Logits, 
         hess = inputs.as_out(None, logits, {})
         fields |= {"hess": inputs.class_last(hess, logits.axis), "floor": _hess_floor(hess.dtype)}
         fields["hess_scale"] = scale / loss.temperature**2
-    loss_sum = emit(fields, plan, "gradient", grad, logits.axis)
+    loss_sum, *counts = emit(fields, plan, "gradient", grad, logits.axis)
+    weighted = fields["rows"] is rows  # else by more than what a mean divides by: alpha
+    divisor = _divisor(loss, logits, rows, *counts) if weighted else count(loss, logits, rows)
     if row_losses is not None:
         return result_rows(row_losses, logits), grad, hess
     return reduction.reduced(loss_sum, divisor), grad, hess
@@ -172,15 +179,15 @@ def _read(fields: Fields) -> Arrays:
     }
 
 
-def emit(fields: Fields, plan: Plan, what: str, out: np.ndarray | None, axis: int) -> float:
+def emit(fields: Fields, plan: Plan, what: str, out: np.ndarray | None, axis: int) -> tuple[float, int, int, float]:
     """Run a job with its output in `out`, if any; by way of a copy where kernels cannot write to it."""
     if out is None:
         return backends.active().run(Job(**fields), plan)
     place = _writable(out)
-    loss_sum = backends.active().run(Job(**fields, out=inputs.class_last(place, axis), emit=what), plan)
+    result = backends.active().run(Job(**fields, out=inputs.class_last(place, axis), emit=what), plan)
     if place is not out:
         out[...] = place
-    return loss_sum
+    return result
 
 
 def _writable(out: np.ndarray) -> np.ndarray:
@@ -302,6 +309,7 @@ def picked_loss(loss: "NLLLoss", log_probs, target, sample_weight, ask: Ask = VA
     call = check_call(loss, checked, target, sample_weight)
     if call.rows.target is None:
         raise TypeError("target holds class probabilities; nll_loss takes class indices (an integer dtype)")
+    divisor = count(loss, checked, call.rows)
     factor, row_factors = as_upstream(ask.upstream, loss.reduction, checked)
     grad = None
     if ask.gradient:
@@ -315,13 +323,13 @@ def picked_loss(loss: "NLLLoss", log_probs, target, sample_weight, ask: Ask = VA
         nothing = ~counts | ((weights == 0) & ~np.isnan(values))  # 0 * inf is 0 here, and NaN stays NaN
         row_losses = np.where(nothing, 0.0, weights * values)
         if grad is not None:
-            slope = -weights * (factor * reduction.gradient_scale(call.divisor))
+            slope = -weights * (factor * reduction.gradient_scale(divisor))
             slope = np.where(counts, slope if row_factors is None else slope * row_factors, 0.0)
             grad[...] = 0
             np.put_along_axis(inputs.class_last(grad, checked.axis), place, slope.reshape(place.shape), -1)
     if loss.reduction == "none":
         return result_rows(row_losses, checked), grad
-    return reduction.reduced(float(row_losses.sum()), call.divisor), grad
+    return reduction.reduced(float(row_losses.sum()), divisor), grad
 
 
 def _pick(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

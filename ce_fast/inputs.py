@@ -335,19 +335,16 @@ def check_weight(weight: np.ndarray | None, logits: Logits, name: str = "weight"
         check_float32(weight, name)
 
 
-def check_targets(rows: backends.Rows, logits: Logits) -> tuple[int, float]:
-    """(rows that count, sum of their weights); IndexError at the first target that is no class."""
-    shape = logits.outer_shape
-    n_rows = math.prod(shape)
-    bad, counted, weight_sum = backends.active().scan_targets(rows, n_rows, logits.n_classes)
-    if bad >= 0:
-        assert rows.target is not None
-        position = ", ".join(str(i) for i in np.unravel_index(bad, shape))
-        raise IndexError(
-            f"target[{position}] is {rows.target[bad]}; "
-            f"expected 0 <= target < {logits.n_classes} or ignore_index={rows.ignore_index}"
-        )
-    return counted, weight_sum
+def check_target_found(bad: int, rows: backends.Rows, logits: Logits) -> None:
+    """IndexError if there is a target, at position `bad`, that is no class."""
+    if bad < 0:
+        return
+    assert rows.target is not None
+    position = ", ".join(str(i) for i in np.unravel_index(bad, logits.outer_shape))
+    raise IndexError(
+        f"target[{position}] is {rows.target[bad]}; "
+        f"expected 0 <= target < {logits.n_classes} or ignore_index={rows.ignore_index}"
+    )
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:

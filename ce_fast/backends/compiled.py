@@ -33,7 +33,7 @@ def _use_isa(name: str):
         _isa.reset(token)
 
 
-def run(job: Job, plan: Plan) -> float:
+def run(job: Job, plan: Plan) -> tuple[float, int, int, float]:
     return _kernels.run_rows(_isa.get(), plan, job)
 
 

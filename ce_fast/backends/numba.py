@@ -542,9 +542,12 @@ def _each_block(plan: Plan, work: Callable[[int], Any]) -> list:
         return list(pool.map(work, starts))
 
 
-def run(job: Job, plan: Plan) -> float:
+def run(job: Job, plan: Plan) -> tuple[float, int, int, float]:
+    bad, counted, weight_sum = scan_targets(job.rows, plan.n_rows, plan.n_classes)
+    if bad >= 0:
+        return math.nan, bad, counted, weight_sum
     sums = _each_block(plan, lambda first: _run_block(job, plan, first))
-    return _sum_in_order(np.array(sums, np.float64))
+    return _sum_in_order(np.array(sums, np.float64)), bad, counted, weight_sum
 
 
 def _run_elements_block(job: ElementJob, plan: Plan, first: int) -> tuple[float, bool]:

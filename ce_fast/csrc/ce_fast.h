@@ -2,6 +2,7 @@
 #ifndef CE_FAST_H
 #define CE_FAST_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #define CE_INLINE static inline __attribute__((always_inline))
@@ -90,9 +91,15 @@ typedef struct { /* the reference that a stored exponential was taken against: b
 
 enum { CE_TILE = 1024 }; /* elements: 2 KiB of float, 4 KiB of double, stays in L1 with its mass tile */
 
-/* Runs rows [first, last), returns the sum of their losses in row order.
-   tiles: scratch of ceil(n_classes / CE_TILE) references, used when out is a gradient. */
-typedef double (*ce_rows_fn)(const ce_job *job, int64_t first, int64_t last, ce_reference *tiles);
+typedef struct { /* of some rows */
+    ce_sum loss, weight; /* sums of the losses, and of s_i w_t over the rows that count */
+    int64_t counted;     /* how many count */
+    int64_t bad;         /* the first row whose target is no class, or -1; such rows are not read */
+} ce_tally;
+
+/* Runs rows [first, last) and adds them up in order. scratch: as many bytes as asked for, at a multiple of 64. */
+typedef void (*ce_rows_fn)(const ce_job *job, int64_t first, int64_t last, void *scratch, ce_tally *tally);
+typedef size_t (*ce_scratch_fn)(const ce_job *job);
 
 /* Elements [first, last) in C order; *bad becomes 1 if a target that counts lies outside [0, 1]. */
 typedef double (*ce_elements_fn)(const ce_element_job *job, int64_t first, int64_t last, int *bad);
@@ -100,6 +107,7 @@ typedef double (*ce_elements_fn)(const ce_element_job *job, int64_t first, int64
 typedef struct {
     const char *name;
     ce_rows_fn rows_float64, rows_float32; /* by compute dtype */
+    ce_scratch_fn scratch_float64, scratch_float32;
     ce_elements_fn elements_float64, elements_float32;
 } ce_table;
 
@@ -113,7 +121,9 @@ int ce_openmp(void);                  /* _OPENMP, or 0 */
 void ce_sum_weights(ce_job *job);
 ce_temperature ce_make_temperature(double value);
 double ce_sum_in_order(const double *values, int64_t n);
+ce_tally ce_add_up(const ce_tally *blocks, int64_t n);
+void ce_read_targets(const void *target, ce_dtype type, int64_t first, int64_t n, int64_t *out);
 int64_t ce_target_at(const void *target, ce_dtype type, int64_t i);
-int64_t ce_scan_targets(const ce_job *job, int64_t *n_counted, double *weight_sum);
+ce_tally ce_scan_targets(const ce_job *job);
 
 #endif

@@ -2,14 +2,16 @@
    The including file has set CE_ISA, CE_HAVE_FMA and the compiler's target. */
 #include <float.h>
 
-#define REAL float
-#define REAL_IS_FLOAT 1
-#define REAL_DTYPE CE_FLOAT32
-#define REAL_MIN FLT_MIN
-#define UINT uint32_t
-#define SINT int32_t
-#define NAME(name) ce_##name##_float32
+/* double first: tiles of float take the few numbers of a row in it */
+#define REAL double
+#define REAL_IS_FLOAT 0
+#define REAL_DTYPE CE_FLOAT64
+#define REAL_MIN DBL_MIN
+#define UINT uint64_t
+#define SINT int64_t
+#define NAME(name) ce_##name##_float64
 #include "rows_tpl.h"
+#include "tiles_tpl.h"
 #include "elements_tpl.h"
 #undef REAL
 #undef REAL_IS_FLOAT
@@ -19,19 +21,20 @@
 #undef SINT
 #undef NAME
 
-#define REAL double
-#define REAL_IS_FLOAT 0
-#define REAL_DTYPE CE_FLOAT64
-#define REAL_MIN DBL_MIN
-#define UINT uint64_t
-#define SINT int64_t
-#define NAME(name) ce_##name##_float64
+#define REAL float
+#define REAL_IS_FLOAT 1
+#define REAL_DTYPE CE_FLOAT32
+#define REAL_MIN FLT_MIN
+#define UINT uint32_t
+#define SINT int32_t
+#define NAME(name) ce_##name##_float32
 #include "rows_tpl.h"
+#include "tiles_tpl.h"
 #include "elements_tpl.h"
 
 #define CE_TEXT_(x) #x
 #define CE_TEXT(x) CE_TEXT_(x)
 #define CE_TABLE_(isa) ce_table_##isa
 #define CE_TABLE(isa) CE_TABLE_(isa)
-const ce_table CE_TABLE(CE_ISA) = {CE_TEXT(CE_ISA), ce_rows_float64, ce_rows_float32, ce_elements_float64,
-                                       ce_elements_float32};
+const ce_table CE_TABLE(CE_ISA) = {CE_TEXT(CE_ISA), ce_rows_float64, ce_rows_float32, ce_scratch_float64,
+                                       ce_scratch_float32, ce_elements_float64, ce_elements_float32};

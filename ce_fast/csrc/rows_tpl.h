@@ -577,13 +577,13 @@ static double NAME(softmax_row)(const ce_job *job, int64_t i, int64_t target, do
 #include "divergence_tpl.h"
 #endif
 
-static double NAME(run_row)(const ce_job *job, int64_t i, ce_reference *tiles)
+static double NAME(run_row)(const ce_job *job, int64_t i, ce_reference *tiles, ce_tally *tally)
 {
     char *out = job->emit ? job->out.data + NAME(offset)(job, &job->out, i) : NULL;
     char *hess = job->hess.data ? job->hess.data + NAME(offset)(job, &job->hess, i) : NULL;
     double sample_weight = job->sample_weight ? job->sample_weight[i] : 1, loss = 0;
     int64_t target = job->target ? ce_target_at(job->target, job->target_type, i) : -1;
-    if (sample_weight == 0 || (job->target && target == job->ignore_index)) /* it is not read */
+    if (!ce_tally_row(job, i, target, sample_weight, tally)) /* it is not read */
         NAME(fill_row)(job, out, hess, 0);
 #if !REAL_IS_FLOAT
     else if (job->rule == CE_KL_FORWARD || job->rule == CE_KL_REVERSE)
@@ -594,12 +594,4 @@ static double NAME(run_row)(const ce_job *job, int64_t i, ce_reference *tiles)
     if (job->loss)
         ((REAL *)job->loss)[i] = (REAL)loss;
     return loss;
-}
-
-static double NAME(rows)(const ce_job *job, int64_t first, int64_t last, ce_reference *tiles)
-{
-    ce_sum sum = {0, 0};
-    for (int64_t i = first; i < last; i++)
-        ce_add(&sum, NAME(run_row)(job, i, tiles));
-    return ce_total(&sum);
 }

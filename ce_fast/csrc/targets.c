@@ -50,28 +50,66 @@ void ce_sum_weights(ce_job *job)
     job->weight_total = sum;
 }
 
-/* The position of the first target that counts and is no class, or -1. Rows of sample weight 0 are not read.
-   *n_counted: rows that count; *weight_sum: sum over them of s_i w_t, with w_t = 1 for class probabilities. */
-int64_t ce_scan_targets(const ce_job *job, int64_t *n_counted, double *weight_sum)
+#define CE_READ_TARGETS(TYPE)                        \
+    for (int64_t i = 0; i < n; i++)                  \
+        out[i] = (int64_t)((const TYPE *)target)[first + i]; \
+    return;
+
+/* targets [first, first + n) as int64; what is too large for it is neither a class nor an ignore_index */
+void ce_read_targets(const void *target, ce_dtype type, int64_t first, int64_t n, int64_t *out)
 {
-    int64_t counted = 0;
-    ce_sum sum = {0, 0};
-    for (int64_t i = 0; i < job->n_rows; i++) {
-        double s = job->sample_weight ? job->sample_weight[i] : 1;
-        if (s == 0)
-            continue;
-        if (job->target) {
-            int64_t t = ce_target_at(job->target, job->target_type, i);
-            if (t == job->ignore_index)
-                continue;
-            if (t < 0 || t >= job->n_classes)
-                return i;
-            s *= job->weight ? job->weight[t] : 1;
-        }
-        counted++;
-        ce_add(&sum, s);
+    switch (type) {
+    case CE_INT64: CE_READ_TARGETS(int64_t)
+    case CE_INT32: CE_READ_TARGETS(int32_t)
+    case CE_UINT8: CE_READ_TARGETS(uint8_t)
+    default:
+        for (int64_t i = 0; i < n; i++)
+            out[i] = ce_target_at(target, type, first + i);
     }
-    *n_counted = counted;
-    *weight_sum = ce_total(&sum);
-    return -1;
+}
+
+/* blocks in order: the same bits whichever thread ran them */
+ce_tally ce_add_up(const ce_tally *blocks, int64_t n)
+{
+    ce_tally all = {{0, 0}, {0, 0}, 0, -1};
+    for (int64_t b = 0; b < n; b++) {
+        ce_add(&all.loss, ce_total(&blocks[b].loss));
+        ce_add(&all.weight, ce_total(&blocks[b].weight));
+        all.counted += blocks[b].counted;
+        all.bad = all.bad < 0 ? blocks[b].bad : all.bad;
+    }
+    return all;
+}
+
+/* how many rows count, or -1 if a target that counts is no class; for rows without weights */
+static int64_t count_targets(const ce_job *job)
+{
+    enum { PIECE = 512 };
+    int64_t target[PIECE], counted = 0, bad = 0;
+    for (int64_t first = 0; first < job->n_rows; first += PIECE) {
+        int64_t n = job->n_rows - first < PIECE ? job->n_rows - first : PIECE;
+        ce_read_targets(job->target, job->target_type, first, n, target);
+        for (int64_t i = 0; i < n; i++) {
+            int64_t counts = target[i] != job->ignore_index;
+            counted += counts;
+            bad |= counts & ((uint64_t)target[i] >= (uint64_t)job->n_classes);
+        }
+    }
+    return bad ? -1 : counted;
+}
+
+/* the tally of all rows, but for their losses; stops at the first target that counts and is no class */
+ce_tally ce_scan_targets(const ce_job *job)
+{
+    ce_tally tally = {{0, 0}, {0, 0}, 0, -1};
+    if (job->target && !job->weight && !job->sample_weight && (tally.counted = count_targets(job)) >= 0) {
+        tally.weight.high = (double)tally.counted;
+        return tally;
+    }
+    tally.counted = 0;
+    for (int64_t i = 0; i < job->n_rows && tally.bad < 0; i++) {
+        int64_t t = job->target ? ce_target_at(job->target, job->target_type, i) : 0;
+        ce_tally_row(job, i, t, job->sample_weight ? job->sample_weight[i] : 1, &tally);
+    }
+    return tally;
 }

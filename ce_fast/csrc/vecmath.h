@@ -122,6 +122,23 @@ CE_INLINE REAL NAME(exp)(REAL x, NAME(exp_args) a)
     return d < a.cutoff ? (REAL)0 : p * power; /* NaN passes, -inf gives 0 */
 }
 
+/* The arguments for the reference n T ln 2 of one lane among others, n an integer. */
+CE_INLINE NAME(exp_args) NAME(exp_of_lane)(NAME(exp_args) a, REAL ln2, REAL n)
+{
+    REAL t = n + MAGIC;
+    UINT bits;
+    memcpy(&bits, &t, sizeof bits); /* MAGIC_BITS + n */
+    a.cutoff = (n - (REAL)(BIAS - 2)) * ln2;
+    a.shift = (UINT)BIAS - bits;
+    return a;
+}
+
+/* to the nearest integer, |v| < 2^22 */
+CE_INLINE REAL NAME(round)(REAL v)
+{
+    return (v + MAGIC) - MAGIC;
+}
+
 /* 2 atanh(s) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...), to the last term that counts: terms for |s| <= 1/3 (log1p) */
 #if REAL_IS_FLOAT
 #define ATANH_TERMS 8
@@ -129,14 +146,37 @@ CE_INLINE REAL NAME(exp)(REAL x, NAME(exp_args) a)
 #define ATANH_TERMS 17
 #endif
 
-CE_INLINE REAL NAME(twice_atanh)(REAL s)
+CE_INLINE REAL NAME(atanh_series)(REAL s, int terms)
 {
     REAL v = s * s, sum = 0;
 #pragma GCC unroll 17
-    for (int i = ATANH_TERMS; i > 0; i--)
+    for (int i = terms; i > 0; i--)
         sum = (sum + (REAL)1 / (REAL)(2 * i + 1)) * v;
     return 2 * (s + s * sum);
 }
+
+CE_INLINE REAL NAME(twice_atanh)(REAL s)
+{
+    return NAME(atanh_series)(s, ATANH_TERMS);
+}
+
+#if !REAL_IS_FLOAT
+/* log v = k ln 2 + 2 atanh((f - 1) / (f + 1)) of a normal v = 2^k f, sqrt(1/2) <= f < sqrt(2); within 1.5 ulp or 2^-54 */
+CE_INLINE double NAME(log)(double v)
+{
+    const uint64_t root = 0x3fe6a09e667f3bcd, two52 = 0x4330000000000000;
+    uint64_t bits, above, exponent, mantissa;
+    double k, f;
+    memcpy(&bits, &v, sizeof bits);
+    above = bits + (0x3ff0000000000000 - root);
+    exponent = (above >> 52) | two52;
+    mantissa = (above & 0xfffffffffffff) + root;
+    memcpy(&k, &exponent, sizeof k);
+    memcpy(&f, &mantissa, sizeof f);
+    k -= 0x1p52 + 1023;
+    return k * 0x1.62e42feep-1 + (NAME(atanh_series)((f - 1) / (f + 1), 10) + k * 0x1.a39ef35793c76p-33);
+}
+#endif
 
 /* exp(x) - 1 for -0.5 <= x <= 0, by its series */
 CE_INLINE REAL NAME(expm1)(REAL x)
