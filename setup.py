@@ -70,7 +70,7 @@ class BuildKernels(build_ext):
 
 
 csrc = Path("ce_fast", "csrc")
-names = [f"isa_{isa}.c" for isa in SOURCES] + ["dispatch.c", "targets.c"]
+names = [f"isa_{isa}.c" for isa in SOURCES] + ["dispatch.c", "memory.c", "targets.c"]
 kernels = Extension(
     "ce_fast._kernels",
     sources=["ce_fast/_kernels.pyx", *[str(csrc / name) for name in names]],

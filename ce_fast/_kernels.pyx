@@ -6,10 +6,13 @@ shape, and kept alive during the call.
 """
 from cython.parallel cimport prange, threadid
 from libc.stdint cimport int64_t
-from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from cpython.pycapsule cimport PyCapsule_New
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memcpy, memset
 
 cimport numpy as cnp
+
+import numpy as np
 
 from ce_fast.backends import RULES
 
@@ -77,6 +80,8 @@ cdef extern from "sums.h" nogil:
     const ce_table *ce_isa(int i)
     int ce_max_threads()
     int ce_openmp()
+    void *ce_take_block(size_t size)
+    void ce_give_block(void *data, size_t size)
     double ce_sum_in_order(const double *values, int64_t n)
     void ce_sum_weights(ce_job *)
     ce_temperature ce_make_temperature(double value)
@@ -104,6 +109,56 @@ def max_threads():
 
 
 _codes = {}  # of dtypes: the name of one costs a microsecond
+
+
+cdef extern from "numpy/arrayobject.h":
+    ctypedef struct PyDataMemAllocator:
+        void *ctx
+        void *(*malloc)(void *, size_t)
+        void *(*calloc)(void *, size_t, size_t)
+        void *(*realloc)(void *, void *, size_t)
+        void (*free)(void *, void *, size_t)
+    ctypedef struct PyDataMem_Handler:
+        char name[127]
+        unsigned char version
+        PyDataMemAllocator allocator
+    object PyDataMem_SetHandler(object)
+
+
+cdef void *take(void *ctx, size_t size) noexcept:
+    return ce_take_block(size)
+
+
+cdef void give(void *ctx, void *data, size_t size) noexcept:
+    ce_give_block(data, size)
+
+
+cdef void *take_zeros(void *ctx, size_t n, size_t size) noexcept:
+    cdef void *data = NULL if size and n > <size_t>-1 // size else ce_take_block(n * size)
+    return NULL if data == NULL else memset(data, 0, n * size)
+
+
+cdef void *move(void *ctx, void *data, size_t size) noexcept:
+    return realloc(data, size)
+
+
+cdef PyDataMem_Handler _kept_memory
+memcpy(_kept_memory.name, b"ce_fast", 8)
+_kept_memory.version = 1
+_kept_memory.allocator = [NULL, take, take_zeros, move, give]
+_handler = PyCapsule_New(&_kept_memory, "mem_handler", NULL)
+LARGE = 1 << 20  # bytes; below it malloc itself keeps what was freed
+
+
+def empty_like(cnp.ndarray array, dtype):
+    """`np.empty_like`; large arrays in memory that a freed one left (csrc/memory.c)."""
+    if array.nbytes < LARGE:
+        return np.empty_like(array, dtype, subok=False)
+    before = PyDataMem_SetHandler(_handler)
+    try:
+        return np.empty_like(array, dtype, subok=False)
+    finally:
+        PyDataMem_SetHandler(before)
 
 
 cdef int code_of(cnp.ndarray array) except -1:

@@ -370,7 +370,7 @@ def as_out(out, logits: Logits, others: dict[str, np.ndarray | None], name: str 
     """The array that takes the gradient: a new one, or `out` if it is fit."""
     given = logits.given
     if out is None:
-        return np.empty_like(given, dtype=given.dtype.newbyteorder("="), subok=False)
+        return backends.active().empty_like(given, given.dtype.newbyteorder("="))
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out is a {type(out).__name__}; expected a numpy.ndarray")
     if out.shape != given.shape or out.dtype != given.dtype:

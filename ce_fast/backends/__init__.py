@@ -4,6 +4,7 @@ A backend is a module with
 
     max_threads() -> int                                            its own limit, for n_threads=None
     scan_targets(rows, n_rows, n_classes) -> (bad, counted, weight_sum)
+    empty_like(array, dtype) -> ndarray                             for a gradient
     run(job, plan) -> (loss_sum, bad, counted, weight_sum)          bad rows are not read
     run_elements(job, plan) -> (float, bool)                        the sum of the losses; whether a target is bad
     config() -> dict                                                for `ce_fast.show_config`

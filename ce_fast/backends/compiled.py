@@ -11,6 +11,7 @@ from ce_fast.plan import Plan
 ISAS: tuple[str, ...] = _kernels.ISAS
 max_threads = _kernels.max_threads
 scan_targets = _kernels.scan_targets
+empty_like = _kernels.empty_like
 
 
 def _isa_index(name: str, source: str) -> int:

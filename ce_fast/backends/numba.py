@@ -22,6 +22,10 @@ _EMPTY = np.empty(0)
 CROSS_ENTROPY, FOCAL, POLY, GENERALIZED, KL_FORWARD, KL_REVERSE, BINARY, BINARY_PROBABILITY, BINARY_FOCAL = range(9)
 
 
+def empty_like(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return np.empty_like(array, dtype, subok=False)
+
+
 def max_threads() -> int:
     limit = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]  # set when numba is imported
     omp = os.environ.get("OMP_NUM_THREADS", "")

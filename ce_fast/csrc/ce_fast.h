@@ -117,6 +117,10 @@ const ce_table *ce_isa(int i);        /* 0 <= i < ce_isa_count() */
 int ce_max_threads(void);             /* OpenMP's limit for the calling thread; 1 without OpenMP */
 int ce_openmp(void);                  /* _OPENMP, or 0 */
 
+/* memory.c */
+void *ce_take_block(size_t size);             /* aligned to 64, or NULL */
+void ce_give_block(void *data, size_t size);  /* of ce_take_block */
+
 /* targets.c */
 void ce_sum_weights(ce_job *job);
 ce_temperature ce_make_temperature(double value);

@@ -93,7 +93,7 @@ static double NAME(divergence)(const NAME(distribution) *model, const NAME(distr
             int close = !plain && log_ratio >= (REAL)-0.5 && log_ratio <= (REAL)0.5;
             lanes[k % CE_LANES] += close ? mass * NAME(bregman)(log_ratio) : term;
         }
-        ce_add(&sum, NAME(sum_lanes)(lanes));
+        ce_add(&sum, NAME(sum_lanes)(lanes, CE_LANES));
     }
     return ce_total(&sum);
 }

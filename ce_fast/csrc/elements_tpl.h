@@ -149,7 +149,7 @@ static double NAME(write_elements)(const ce_element_job *job, int64_t first, int
     NAME(scatter)(job, &job->loss, first, n, t->loss);
     NAME(scatter)(job, &job->out, first, n, t->grad);
     NAME(scatter)(job, &job->hess, first, n, t->hess);
-    return NAME(sum_lanes)(lanes);
+    return NAME(sum_lanes)(lanes, CE_LANES);
 }
 
 static double NAME(elements)(const ce_element_job *job, int64_t first, int64_t last, int *bad)

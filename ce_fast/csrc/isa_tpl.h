@@ -11,7 +11,7 @@
 #define SINT int64_t
 #define NAME(name) ce_##name##_float64
 #include "rows_tpl.h"
-#include "tiles_tpl.h"
+#include "ways_tpl.h"
 #include "elements_tpl.h"
 #undef REAL
 #undef REAL_IS_FLOAT
@@ -29,7 +29,7 @@
 #define SINT int32_t
 #define NAME(name) ce_##name##_float32
 #include "rows_tpl.h"
-#include "tiles_tpl.h"
+#include "ways_tpl.h"
 #include "elements_tpl.h"
 
 #define CE_TEXT_(x) #x

@@ -163,48 +163,59 @@ static void NAME(mass_tile)(const NAME(row) *row, int64_t j, int64_t n, int64_t 
 }
 
 /* by halves: one after another, the 32 dependent additions took half as long as the tile's exponentials */
-CE_INLINE double NAME(sum_lanes)(double *sum)
+CE_INLINE double NAME(sum_lanes)(double *sum, const int n_lanes)
 {
-    for (int half = CE_LANES / 2; half > 0; half /= 2)
+    for (int half = n_lanes / 2; half > 0; half /= 2)
         for (int l = 0; l < half; l++)
             sum[l] += sum[l + half];
     return sum[0];
 }
 
-static REAL NAME(tile_max)(const REAL *x, int64_t n)
+CE_INLINE REAL NAME(lanes_max)(const REAL *x, int64_t n, const int n_lanes)
 {
     REAL lanes[CE_LANES];
-    for (int l = 0; l < CE_LANES; l++)
+    for (int l = 0; l < n_lanes; l++)
         lanes[l] = -(REAL)INFINITY;
-    for (int64_t k = 0; k < n; k += CE_LANES)
-        for (int l = 0; l < CE_LANES; l++)
+    for (int64_t k = 0; k < n; k += n_lanes)
+        for (int l = 0; l < n_lanes; l++)
             lanes[l] = x[k + l] > lanes[l] ? x[k + l] : lanes[l]; /* NaN is passed over */
-    for (int half = CE_LANES / 2; half > 0; half /= 2)
+    for (int half = n_lanes / 2; half > 0; half /= 2)
         for (int l = 0; l < half; l++)
             lanes[l] = lanes[l + half] > lanes[l] ? lanes[l + half] : lanes[l];
     return lanes[0];
 }
 
-/* sum_k exp(z_k - m), and with store != 0 the terms to e, which may be x */
-CE_INLINE double NAME(tile_exp)(const REAL *x, REAL *e, int store, int64_t n, NAME(exp_args) args)
+static REAL NAME(tile_max)(const REAL *x, int64_t n)
+{
+    return NAME(lanes_max)(x, n, CE_LANES);
+}
+
+/* sum_k exp(z_k - m) over n elements, a multiple of n_lanes, and with store != 0 the terms to e, which may be x */
+CE_INLINE double NAME(lanes_exp)(const REAL *x, REAL *e, int store, int64_t n, NAME(exp_args) args, const int n_lanes)
 {
     double sums[CE_LANES] = {0};
-    for (int64_t j = 0; j < n; j += CE_RUN) {
-        int64_t end = j + CE_RUN < n ? j + CE_RUN : n;
+    const int64_t run = CE_RUN / CE_LANES * n_lanes;
+    for (int64_t j = 0; j < n; j += run) {
+        int64_t end = j + run < n ? j + run : n;
         REAL lanes[CE_LANES] = {0};
-        for (int64_t k = j; k < end; k += CE_LANES) {
+        for (int64_t k = j; k < end; k += n_lanes) {
 #pragma GCC ivdep
-            for (int l = 0; l < CE_LANES; l++) {
+            for (int l = 0; l < n_lanes; l++) {
                 REAL v = NAME(exp)(x[k + l], args);
                 lanes[l] += v;
                 if (store)
                     e[k + l] = v;
             }
         }
-        for (int l = 0; l < CE_LANES; l++)
+        for (int l = 0; l < n_lanes; l++)
             sums[l] += (double)lanes[l];
     }
-    return NAME(sum_lanes)(sums);
+    return NAME(sum_lanes)(sums, n_lanes);
+}
+
+CE_INLINE double NAME(tile_exp)(const REAL *x, REAL *e, int store, int64_t n, NAME(exp_args) args)
+{
+    return NAME(lanes_exp)(x, e, store, n, args, CE_LANES);
 }
 
 static void NAME(add_moments)(NAME(sums) *s, const REAL *x, const REAL *mass, int64_t n)
@@ -225,8 +236,8 @@ static void NAME(add_moments)(NAME(sums) *s, const REAL *x, const REAL *mass, in
             moments[l] += (double)moment[l];
         }
     }
-    ce_add(&s->mass, NAME(sum_lanes)(masses));
-    ce_add(&s->moment, NAME(sum_lanes)(moments));
+    ce_add(&s->mass, NAME(sum_lanes)(masses, CE_LANES));
+    ce_add(&s->moment, NAME(sum_lanes)(moments, CE_LANES));
 }
 
 static NAME(sums) NAME(statistics)(const NAME(row) *row, double x_t)

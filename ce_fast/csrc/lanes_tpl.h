@@ -1,0 +1,129 @@
+/* Many rows at once: a lane is a row. Included once for each REAL and each ISA.
+ *
+ *   nll = log1p(rest / e_t), or (m - z_t) + log(rest) + log1p(e_t / rest), whichever does not cancel
+ *
+ * Statistics and rule are those of a row (rows_tpl.h), vectorized over lanes: a row by itself takes some 130 ns beside its
+ * logits. The sums come from tiles_tpl.h, class-major, or from short_tpl.h, along the rows. Where a lane is out of the
+ * ordinary (NaN, +inf, nothing but -inf, logits of CE_BASE_LIMIT and more) all of them go row by row.
+ */
+#define ROWS ((int)(512 / sizeof(REAL)))  /* at a time, at most */
+#define LANES ((int)(128 / sizeof(REAL))) /* two vectors of 512 bits, in registers together */
+
+typedef struct {
+    int64_t first; /* the row of the first lane */
+    int n, padded; /* rows, and whole blocks of LANES */
+    SINT t[ROWS];              /* the target; -1: the row does not count */
+    REAL x_t[ROWS], ref[ROWS]; /* of the target; the n of the reference */
+    double s[ROWS], w[ROWS];   /* weight of the sample, and times that of the target's class; 0 if it does not count */
+    double rest[ROWS], lost[ROWS];         /* a sum, and what its roundings lost */
+    double nll[ROWS], p[ROWS], q[ROWS];    /* of the target: -log p, p, 1 - p */
+    double lse[ROWS], inverse[ROWS];       /* and 1 / sum_k exp(z_k - m) */
+    double scale[ROWS];                    /* of the gradient */
+    double loss[ROWS], a[ROWS], g_t[ROWS]; /* of the rule, times s; the gradient is a p_k, but g_t at the target */
+    REAL x[]; /* (classes, PITCH) or rows: logits, then exponentials, then gradients */
+} NAME(lanes);
+
+/* the sum of a value of each lane, in a fixed order */
+CE_INLINE double NAME(over_lanes)(const double *value, int padded)
+{
+    double sum[LANES] = {0};
+    for (int p = 0; p < padded; p += LANES)
+        for (int i = 0; i < LANES; i++)
+            sum[i] += value[p + i];
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++)
+            sum[i] += sum[i + half];
+    return sum[0];
+}
+
+/* targets and weights of the rows; what lies beyond them does not count */
+static void NAME(load_targets)(const ce_job *job, NAME(lanes) *l, ce_tally *tally)
+{
+    int64_t target[ROWS], n_classes = job->n_classes, ignore_index = job->ignore_index;
+    ce_read_targets(job->target, job->target_type, l->first, l->n, target);
+    for (int p = l->n; p < l->padded; p++)
+        target[p] = ignore_index;
+    for (int p = 0; p < l->padded; p++)
+        l->s[p] = 1;
+    for (int p = 0; p < l->n && job->sample_weight; p++)
+        l->s[p] = job->sample_weight[l->first + p];
+    int64_t bad = 0, counted = 0;
+    for (int p = 0; p < l->padded; p++) {
+        int64_t counts = (target[p] != ignore_index) & (l->s[p] != 0);
+        int64_t known = (uint64_t)target[p] < (uint64_t)n_classes;
+        bad += counts & !known;
+        counted += counts & known;
+        l->t[p] = counts & known ? (SINT)target[p] : -1;
+        l->s[p] = counts & known ? l->s[p] : 0;
+        l->w[p] = l->s[p];
+    }
+    for (int p = 0; p < l->n && bad && tally->bad < 0; p++)
+        if (l->t[p] < 0 && target[p] != ignore_index && !(job->sample_weight && job->sample_weight[l->first + p] == 0))
+            tally->bad = l->first + p;
+    for (int p = 0; p < l->n && job->weight; p++)
+        l->w[p] *= l->t[p] < 0 ? 0 : job->weight[l->t[p]];
+    ce_add(&tally->weight, NAME(over_lanes)(l->w, l->padded));
+    tally->counted += counted;
+}
+
+/* -log p of the target, as in row_stats; 0 if one is NaN */
+static int NAME(target_nll)(const ce_job *job, NAME(lanes) *l)
+{
+    const ce_temperature *t = &job->temperature;
+    ce_exp_args_float64 args = ce_exp_prepare_float64(0, 0, t);
+    double ln2 = t->ln2_high + t->ln2_low, lead = ldexp(1, -CE_LEAD), inverse_t = 1 / t->value;
+    int odd = 0;
+    for (int p = 0; p < l->padded; p++) {
+        double x = (double)l->x_t[p], n = (double)l->ref[p], rest = l->rest[p] + l->lost[p];
+        double e = ce_exp_float64(x, ce_exp_of_lane_float64(args, ln2, n));
+        double most = e >= rest ? e : rest, least = e >= rest ? rest : e;
+        double small = ce_twice_atanh_float64(least / (2 * most + least)); /* log1p(least / most) */
+        double m_minus_z = (((n + CE_LEAD) * t->ln2_high - x) + (n + CE_LEAD) * t->ln2_low) * inverse_t;
+        double nll = e >= rest ? small : m_minus_z + ce_log_float64(rest * lead) + small;
+        odd |= nll != nll;
+        l->nll[p] = nll;
+        l->p[p] = e;
+        l->q[p] = rest;
+    }
+    return !odd;
+}
+
+/* 1 / sum_k exp(z_k - m), p and 1 - p of the target; lse, if there is a z_loss */
+static void NAME(target_slopes)(const ce_job *job, NAME(lanes) *l)
+{
+    const ce_temperature *t = &job->temperature;
+    double lead = ldexp(1, -CE_LEAD);
+    for (int p = 0; p < l->padded && job->z_loss != 0; p++) {
+        double n = (double)l->ref[p] + CE_LEAD;
+        l->lse[p] = (n * t->ln2_high + n * t->ln2_low) / t->value + ce_log_float64((l->p[p] + l->q[p]) * lead);
+    }
+    for (int p = 0; p < l->padded; p++) {
+        l->inverse[p] = 1 / (l->p[p] + l->q[p]);
+        l->p[p] *= l->inverse[p];
+        l->q[p] *= l->inverse[p];
+    }
+}
+
+/* loss and slopes of each row, as ce_rule_of; cross-entropy alone without a call a row */
+static void NAME(rule_of_lanes)(const ce_job *job, NAME(lanes) *l)
+{
+    int plain = job->rule == CE_CROSS_ENTROPY && job->z_loss == 0;
+    for (int p = 0; p < l->padded && plain; p++)
+        l->loss[p] = l->w[p] == 0 ? 0 : l->w[p] * l->nll[p]; /* 0 * inf is 0 here */
+    for (int p = 0; p < l->padded && plain && job->emit; p++) {
+        l->a[p] = l->w[p];
+        l->g_t[p] = -l->w[p] * l->q[p];
+    }
+    for (int p = 0; p < l->padded && !plain; p++) {
+        ce_row_stats s = {0};
+        s.lse = job->z_loss == 0 ? 0 : l->lse[p];
+        s.target = (ce_class){l->nll[p], l->p[p], l->q[p]};
+        s.row_weight = l->s[p] == 0 ? 0 : l->w[p] / l->s[p];
+        s.mass_t = s.row_weight * job->on;
+        ce_row_rule rule = ce_rule_of(job, &s);
+        l->loss[p] = l->s[p] == 0 ? 0 : l->s[p] * rule.loss;
+        l->a[p] = l->s[p] * rule.a;
+        l->g_t[p] = l->s[p] * rule.g_t;
+    }
+}
+

@@ -1,0 +1,75 @@
+/* Short rows as they lie, for classes that fill vectors: exponentials and sums along each row, then lanes_tpl.h for all.
+ * Included once for each REAL and each ISA.
+ */
+#define STEP ((int)(64 / sizeof(REAL))) /* a vector of 512 bits: less padding than CE_LANES */
+
+/* length of a row in scratch */
+CE_INLINE int64_t NAME(pitch)(const ce_job *job)
+{
+    return (job->n_classes + CE_LANES - 1) & -(int64_t)CE_LANES;
+}
+
+/* The rows without their targets, padded with -inf to *padded; the largest logit of each to ref. In a row that does not
+   count, nothing is read. */
+static void NAME(load_short)(const ce_job *job, NAME(lanes) *l, int64_t padded)
+{
+    int64_t n = job->n_classes, pitch = NAME(pitch)(job);
+    for (int p = 0; p < l->padded; p++) {
+        REAL *x = l->x + p * pitch;
+        l->x_t[p] = l->ref[p] = 0;
+        for (int64_t k = l->t[p] < 0 ? 0 : n; k < padded; k++)
+            x[k] = -(REAL)INFINITY;
+        if (l->t[p] < 0)
+            continue;
+        const char *logits = job->logits.data + NAME(offset)(job, &job->logits, l->first + p);
+        NAME(load)(logits, job->logits.class_stride, job->logits.dtype, n, x);
+        l->x_t[p] = x[l->t[p]];
+        x[l->t[p]] = -(REAL)INFINITY;
+        REAL max = n <= CE_RUN ? NAME(lanes_max)(x, padded, STEP) : NAME(lanes_max)(x, padded, CE_LANES);
+        l->ref[p] = l->x_t[p] > max ? l->x_t[p] : max;
+    }
+}
+
+/* exp(z - m) of the rows and their sums; 0 if a row is out of the ordinary. Loop after loop over all rows: within one row
+   each step waits for the one before, which took a third more. */
+static int NAME(sum_rows)(const ce_job *job, NAME(lanes) *l)
+{
+    int64_t n = job->n_classes, step = n <= CE_RUN ? STEP : CE_LANES, padded = (n + step - 1) & -step;
+    NAME(exp_args) args = NAME(exp_prepare)(0, 0, &job->temperature);
+    REAL limit = (REAL)(CE_BASE_LIMIT * job->temperature.value), log2e = (REAL)job->temperature.log2e;
+    REAL ln2 = (REAL)(job->temperature.ln2_high + job->temperature.ln2_low);
+    int odd = 0;
+    NAME(load_short)(job, l, padded);
+    for (int p = 0; p < l->padded; p++) {
+        odd |= !(l->ref[p] < limit) | !(l->ref[p] > -limit);
+        l->ref[p] = NAME(round)(l->ref[p] * log2e) - CE_LEAD;
+        l->lost[p] = 0;
+    }
+    for (int p = 0; p < l->padded; p++) {
+        REAL *x = l->x + p * NAME(pitch)(job);
+        NAME(exp_args) of_row = NAME(exp_of_lane)(args, ln2, l->ref[p]);
+        l->rest[p] = n <= CE_RUN ? NAME(lanes_exp)(x, x, 1, padded, of_row, STEP)
+                                 : NAME(lanes_exp)(x, x, 1, padded, of_row, CE_LANES);
+    }
+    return !odd;
+}
+
+/* a p_k of each row to its place, g_t at the target */
+static void NAME(write_rows)(const ce_job *job, NAME(lanes) *l)
+{
+    for (int p = 0; p < l->n; p++) {
+        char *out = job->out.data + NAME(offset)(job, &job->out, l->first + p);
+        REAL *e = l->x + p * NAME(pitch)(job);
+        int direct = job->out.dtype == REAL_DTYPE && job->out.class_stride == sizeof(REAL);
+        REAL *g = direct ? (REAL *)out : e;
+        if (l->t[p] < 0) {
+            NAME(write_constant)(job, &job->out, out, 0);
+            continue;
+        }
+        NAME(scale_tile)(e, g, job->n_classes, l->a[p] * l->inverse[p] * l->scale[p]);
+        g[l->t[p]] = (REAL)(l->g_t[p] * l->scale[p]);
+        if (!direct)
+            NAME(store)(out, job->out.class_stride, job->out.dtype, job->n_classes, g);
+    }
+}
+#undef STEP

@@ -1,0 +1,142 @@
+/* Which way rows go: as lanes, along the rows or class-major, or one by one. Included once for each REAL and each ISA. */
+#include "lanes_tpl.h"
+#include "short_tpl.h"
+#include "tiles_tpl.h"
+
+#ifndef CE_WAYS
+#define CE_WAYS
+#define CE_FEW 512     /* bytes of a row that is transposed (128 float, 64 double); longer ones are quicker as they lie */
+#define CE_SHORT 1024  /* classes of a short row; longer ones do not feel what a row takes beside its logits */
+#define CE_SCRATCH (1 << 16) /* bytes of short rows at a time, in L2 */
+typedef enum { CE_ONE_BY_ONE, CE_CLASS_MAJOR, CE_ALONG_ROWS } ce_way;
+#endif
+
+/* lanes take class indices, with nothing asked of single classes */
+static ce_way NAME(way)(const ce_job *job)
+{
+    const ce_array *x = &job->logits;
+    if (!job->target || job->soft.data || job->left_out || job->hess.data || job->lse || !job->n_outer)
+        return CE_ONE_BY_ONE;
+    if (job->off != 0 || job->softcap != 0 || job->emit == CE_LOG_SOFTMAX || job->rule > CE_GENERALIZED)
+        return CE_ONE_BY_ONE;
+    int64_t along = x->class_stride < 0 ? -x->class_stride : x->class_stride;
+    int64_t across = x->outer_stride[job->n_outer - 1];
+    if (job->n_classes * (int64_t)sizeof(REAL) <= CE_FEW || along > (across < 0 ? -across : across))
+        return CE_CLASS_MAJOR;
+    return job->n_classes <= CE_SHORT ? CE_ALONG_ROWS : CE_ONE_BY_ONE;
+}
+
+/* how many rows at a time */
+static int NAME(batch)(const ce_job *job, ce_way way)
+{
+    if (way != CE_ALONG_ROWS)
+        return ROWS;
+    int64_t rows = CE_SCRATCH / (NAME(pitch)(job) * (int64_t)sizeof(REAL)) & -LANES;
+    return rows < LANES ? LANES : rows > ROWS ? ROWS : (int)rows;
+}
+
+static size_t NAME(scratch)(const ce_job *job)
+{
+    ce_way way = NAME(way)(job);
+    int64_t classes = job->n_classes < CE_CLASSES ? job->n_classes : CE_CLASSES, elements = 0;
+    if (way != CE_ONE_BY_ONE)
+        elements = way == CE_CLASS_MAJOR ? classes * PITCH : NAME(batch)(job, way) * NAME(pitch)(job);
+    size_t lanes = sizeof(NAME(lanes)) + (size_t)elements * sizeof(REAL);
+    size_t tiles = (size_t)((job->n_classes + CE_TILE - 1) / CE_TILE) * sizeof(ce_reference);
+    return ((lanes > tiles ? lanes : tiles) + 63) & ~(size_t)63;
+}
+
+/* the address of the next tile's logits, where no prefetcher of the processor finds them */
+static const char *NAME(ahead)(const ce_job *job, int64_t next)
+{
+    if (job->logits.outer_stride[job->n_outer - 1] != (int64_t)sizeof(REAL) || next >= job->n_rows)
+        return NULL;
+    return job->logits.data + NAME(offset)(job, &job->logits, next);
+}
+
+/* exp(z - m) and its sums, class-major, in tiles of CE_CLASSES; 0 if a lane is out of the ordinary */
+static int NAME(sum_tiles)(const ce_job *job, NAME(lanes) *l, int store)
+{
+    const char *ahead = NAME(ahead)(job, l->first + ROWS);
+    for (int64_t k = 0; k < job->n_classes; k += CE_CLASSES) {
+        int64_t n = job->n_classes - k < CE_CLASSES ? job->n_classes - k : CE_CLASSES;
+        NAME(load_lanes)(job, k, n, l);
+        if (!NAME(move_references)(job, k, n, l))
+            return 0;
+        if (store)
+            NAME(add_exp)(job, k, n, l, ahead, 1);
+        else
+            NAME(add_exp)(job, k, n, l, ahead, 0);
+    }
+    return 1;
+}
+
+static void NAME(write_tiles)(const ce_job *job, NAME(lanes) *l)
+{
+    for (int64_t k = 0; k < job->n_classes; k += CE_CLASSES) {
+        int64_t n = job->n_classes - k < CE_CLASSES ? job->n_classes - k : CE_CLASSES;
+        if (job->n_classes > CE_CLASSES) { /* else they are there from the first pass */
+            NAME(load_lanes)(job, k, n, l);
+            NAME(add_exp)(job, k, n, l, NULL, 1);
+        }
+        NAME(scale_lanes)(job, k, n, l);
+        NAME(each_class)(job, &job->out, k, n, l, 1);
+    }
+}
+
+/* Rows [first, first + n), n <= batch; 0 if one of them is out of the ordinary, and nothing has been written. */
+static int NAME(run_lanes)(const ce_job *job, ce_way way, int64_t first, int n, NAME(lanes) *l, ce_tally *tally)
+{
+    int gradient = job->emit == CE_GRADIENT, plain = job->rule == CE_CROSS_ENTROPY && job->z_loss == 0;
+    int pair = job->n_classes == 2 && job->temperature.value == 1 && plain;
+    l->first = first;
+    l->n = n;
+    l->padded = (n + LANES - 1) & -LANES;
+    NAME(load_targets)(job, l, tally);
+    if (pair) {
+        NAME(load_lanes)(job, 0, 2, l);
+        if (!NAME(pair_stats)(l))
+            return 0;
+    } else {
+        int ordinary = way == CE_ALONG_ROWS ? NAME(sum_rows)(job, l)
+                                            : NAME(sum_tiles)(job, l, gradient && job->n_classes <= CE_CLASSES);
+        if (!ordinary || !NAME(target_nll)(job, l))
+            return 0;
+        if (gradient || !plain)
+            NAME(target_slopes)(job, l);
+    }
+    NAME(rule_of_lanes)(job, l);
+    ce_add(&tally->loss, NAME(over_lanes)(l->loss, l->padded));
+    for (int p = 0; p < n && job->loss; p++)
+        ((REAL *)job->loss)[first + p] = (REAL)l->loss[p];
+    for (int p = 0; p < l->padded; p++)
+        l->scale[p] = job->scale;
+    for (int p = 0; p < n && job->upstream; p++)
+        l->scale[p] *= job->upstream[first + p];
+    if (gradient && pair) {
+        NAME(pair_gradient)(l);
+        NAME(each_class)(job, &job->out, 0, 2, l, 1);
+    } else if (gradient && way == CE_ALONG_ROWS) {
+        NAME(write_rows)(job, l);
+    } else if (gradient) {
+        NAME(write_tiles)(job, l);
+    }
+    return 1;
+}
+
+static void NAME(rows)(const ce_job *job, int64_t first, int64_t last, void *scratch, ce_tally *tally)
+{
+    ce_way way = NAME(way)(job);
+    int batch = NAME(batch)(job, way);
+    for (int64_t i = first; i < last;) {
+        ce_tally again = {{0, 0}, {0, 0}, 0, -1}, *of_row = way == CE_ONE_BY_ONE ? tally : &again;
+        int64_t end = way == CE_ONE_BY_ONE || last - i < batch ? last : i + batch;
+        if (way != CE_ONE_BY_ONE && NAME(run_lanes)(job, way, i, (int)(end - i), scratch, tally))
+            i = end;
+        for (; i < end; i++)
+            ce_add(&tally->loss, NAME(run_row)(job, i, scratch, of_row));
+    }
+}
+#undef ROWS
+#undef LANES
+#undef PITCH
