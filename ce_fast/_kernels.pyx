@@ -5,7 +5,7 @@ Every array is checked by the caller (`ce_fast.backends.compiled`): aligned, in 
 shape, and kept alive during the call.
 """
 from cython.parallel cimport prange, threadid
-from libc.stdint cimport int64_t
+from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
@@ -25,6 +25,8 @@ cdef extern from "ce_fast.h" nogil:
         pass
     enum:
         CE_TILE
+        CE_OUTSIDE
+        CE_SUM_NOT_ONE
     ctypedef struct ce_temperature:
         pass
     ctypedef struct ce_array:
@@ -63,10 +65,28 @@ cdef extern from "ce_fast.h" nogil:
         double gamma, alpha, on, off, scale, hess_scale, floor
     ctypedef double (*ce_rows_fn)(const ce_job *, int64_t, int64_t, ce_reference *)
     ctypedef double (*ce_elements_fn)(const ce_element_job *, int64_t, int64_t, int *)
+    ctypedef struct ce_labels:
+        const char *data
+        ce_dtype dtype
+        int64_t stride
+    ctypedef struct ce_probability_job:
+        int64_t n_classes
+        const char *data
+        ce_dtype dtype
+        int64_t row_stride, class_stride
+        ce_labels labels
+        int64_t low
+        double eps, tolerance
+        const double *weight
+        char *picked
+    ctypedef double (*ce_probabilities_fn)(const ce_probability_job *, int64_t, int64_t, double *, char *, int *)
+    ctypedef void (*ce_label_range_fn)(const ce_labels *, int64_t, int64_t, int64_t *, int64_t *)
     ctypedef struct ce_table:
         const char *name
         ce_rows_fn rows_float64, rows_float32
         ce_elements_fn elements_float64, elements_float32
+        ce_probabilities_fn probabilities_float64, probabilities_float32
+        ce_label_range_fn label_range
     int ce_isa_count()
     const ce_table *ce_isa(int i)
     int ce_max_threads()
@@ -272,3 +292,87 @@ def run_elements(int isa, plan, job):
     free(sums)
     free(flags)
     return total, bool(bad)
+
+
+cdef int set_labels(ce_labels *view, cnp.ndarray labels) except -1:
+    view.data = <const char *>cnp.PyArray_DATA(labels)
+    view.dtype = <ce_dtype>code_of(labels)
+    view.stride = cnp.PyArray_STRIDE(labels, 0)
+    return 0
+
+
+def label_range(int isa, cnp.ndarray labels, int n_threads):
+    """(least, greatest) of one dimension of labels, at least one for each thread."""
+    cdef ce_labels view
+    cdef int64_t n = cnp.PyArray_DIM(labels, 0), least = INT64_MAX, most = INT64_MIN, t
+    cdef int64_t *ends = <int64_t *>malloc(2 * n_threads * sizeof(int64_t))
+    cdef ce_label_range_fn scan = ce_isa(isa).label_range
+    if ends == NULL:
+        raise MemoryError(f"no memory for the least and greatest labels of {n_threads} threads")
+    set_labels(&view, labels)
+    with nogil:
+        if n_threads == 1:
+            scan(&view, 0, n, &ends[0], &ends[1])
+        else:
+            for t in prange(n_threads, schedule="static", num_threads=n_threads):
+                scan(&view, n * t // n_threads, n * (t + 1) // n_threads, &ends[2 * t], &ends[2 * t + 1])
+        for t in range(n_threads):
+            least, most = min(least, ends[2 * t]), max(most, ends[2 * t + 1])
+    free(ends)
+    return least, most
+
+
+def run_probabilities(int isa, plan, job):
+    """Run one job on probabilities; returns (the sum of the losses, outside, sums_to_one, every column has a label)."""
+    cdef ce_probability_job view
+    cdef cnp.ndarray proba = job.proba
+    cdef int64_t n = plan.n_rows, block = plan.block_rows, b, n_blocks = (n + block - 1) // block
+    cdef int64_t n_classes = cnp.PyArray_DIM(proba, 1) if cnp.PyArray_NDIM(proba) == 2 else 0, k, t, missing = 0
+    cdef int n_threads = plan.n_threads, chunk_blocks = plan.chunk_blocks, found = 0
+    cdef bint wide = plan.compute_dtype.itemsize == 8
+    cdef ce_probabilities_fn rows = ce_isa(isa).probabilities_float64 if wide else ce_isa(isa).probabilities_float32
+    # of each thread; no two of them share a cache line
+    cdef int64_t per_loss = min(n, block) + 8 if job.picked is None else 0
+    cdef int64_t per_seen = (n_classes + 127) // 64 * 64
+    cdef double *losses = <double *>malloc(n_threads * per_loss * sizeof(double) + 1)
+    cdef char *seen = <char *>calloc(n_threads, per_seen)
+    cdef double *sums = <double *>calloc(n_blocks + 1, sizeof(double))
+    cdef int *flags = <int *>calloc(n_blocks + 1, sizeof(int))
+    cdef double total = 0
+
+    try:
+        if losses == NULL or seen == NULL or sums == NULL or flags == NULL:
+            raise MemoryError(f"no memory for {n_blocks} partial sums and the losses of {n_threads} blocks of rows")
+        memset(&view, 0, sizeof(view))
+        view.n_classes = n_classes
+        view.data = <const char *>cnp.PyArray_DATA(proba)
+        view.dtype = <ce_dtype>code_of(proba)
+        view.row_stride = cnp.PyArray_STRIDE(proba, 0)
+        view.class_stride = cnp.PyArray_STRIDE(proba, 1) if n_classes else 0
+        set_labels(&view.labels, job.labels)
+        view.low, view.eps, view.tolerance = job.low, job.eps, job.tolerance
+        view.weight = <const double *>data_of(job.weight)
+        view.picked = <char *>data_of(job.picked)
+        with nogil:
+            if n_threads == 1:
+                for b in range(n_blocks):
+                    sums[b] = rows(&view, b * block, min((b + 1) * block, n), losses, seen, &flags[b])
+            else:
+                for b in prange(n_blocks, schedule="dynamic", chunksize=chunk_blocks, num_threads=n_threads):
+                    sums[b] = rows(
+                        &view, b * block, min((b + 1) * block, n), losses + threadid() * per_loss,
+                        seen + threadid() * per_seen, &flags[b],
+                    )
+            total = ce_sum_in_order(sums, n_blocks)
+            for b in range(n_blocks):
+                found = found | flags[b]
+            for k in range(n_classes):
+                for t in range(1, n_threads):
+                    seen[k] = seen[k] | seen[t * per_seen + k]
+                missing = missing + (seen[k] == 0)
+    finally:
+        free(losses)
+        free(seen)
+        free(sums)
+        free(flags)
+    return total, bool(found & CE_OUTSIDE), not found & CE_SUM_NOT_ONE, missing == 0

@@ -43,6 +43,7 @@ from ce_fast.adapters.sklearn import (  # noqa: E402
     make_cross_entropy_scorer,
     neg_cross_entropy_scorer,
 )
+from ce_fast.plan import BLOCK_LOGITS  # noqa: E402
 
 pd = pytest.importorskip("pandas")
 
@@ -256,7 +257,7 @@ def test_weights_of_any_kind_give_scikit_learns_value(dtype, weights):
 
 @pytest.mark.parametrize("n_classes", [2, 3, 10, 1000, 70000])  # 70000: a row is longer than a block
 def test_block_edges_do_not_change_the_value(n_classes, no_host):
-    for n_rows in {1, 2, adapter.BLOCK // n_classes, adapter.BLOCK // n_classes + 1} - {0}:
+    for n_rows in {1, 2, BLOCK_LOGITS // n_classes, BLOCK_LOGITS // n_classes + 1} - {0}:
         rng = np.random.default_rng(n_rows)
         p = rng.random((n_rows, n_classes)) + 0.01
         p /= p.sum(axis=1, keepdims=True)

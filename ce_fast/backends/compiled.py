@@ -4,8 +4,10 @@ import os
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import numpy as np
+
 from ce_fast import _kernels
-from ce_fast.backends import ElementJob, Job
+from ce_fast.backends import ElementJob, Job, ProbabilityJob
 from ce_fast.plan import Plan
 
 ISAS: tuple[str, ...] = _kernels.ISAS
@@ -39,6 +41,14 @@ def run(job: Job, plan: Plan) -> float:
 
 def run_elements(job: ElementJob, plan: Plan) -> tuple[float, bool]:
     return _kernels.run_elements(_isa.get(), plan, job)
+
+
+def label_range(labels: np.ndarray, n_threads: int) -> tuple[int, int]:
+    return _kernels.label_range(_isa.get(), labels, n_threads)
+
+
+def run_probabilities(job: ProbabilityJob, plan: Plan) -> tuple[float, bool, bool, bool]:
+    return _kernels.run_probabilities(_isa.get(), plan, job)
 
 
 def config() -> dict:

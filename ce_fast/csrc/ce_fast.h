@@ -83,6 +83,26 @@ typedef struct { /* elements: every array has the shape (outer..., n_last), zero
     double scale, hess_scale, floor;
 } ce_element_job;
 
+typedef struct { /* integers or bools (as CE_UINT8) */
+    const char *data;
+    ce_dtype dtype;
+    int64_t stride; /* bytes */
+} ce_labels;
+
+enum { CE_OUTSIDE = 1, CE_SUM_NOT_ONE = 2 }; /* what may be wrong with probabilities: not in [0, 1] (or NaN) */
+
+typedef struct {
+    int64_t n_classes; /* columns; 0: one probability a row, that of the second of two labels */
+    const char *data;  /* in, probabilities */
+    ce_dtype dtype;
+    int64_t row_stride, class_stride; /* bytes */
+    ce_labels labels;                 /* in (n_rows) */
+    int64_t low;                      /* the label of the first column; the next columns have the next numbers */
+    double eps, tolerance;            /* probabilities are clipped to [eps, 1 - eps]; of a row's sum from 1 */
+    const double *weight;             /* in (n_rows), or NULL: ones */
+    char *picked; /* out (n_rows) of dtype: the probabilities clipped, or NULL: the sum of -log of them is wanted */
+} ce_probability_job;
+
 typedef struct { /* the reference that a stored exponential was taken against: base + n ln 2 */
     double base;
     int64_t n;
@@ -97,10 +117,18 @@ typedef double (*ce_rows_fn)(const ce_job *job, int64_t first, int64_t last, ce_
 /* Elements [first, last) in C order; *bad becomes 1 if a target that counts lies outside [0, 1]. */
 typedef double (*ce_elements_fn)(const ce_element_job *job, int64_t first, int64_t last, int *bad);
 
+/* Rows [first, last); loss: scratch of as many. seen[k] becomes 1 for the columns k that some label has, *flags what is
+   wrong. Returns the weighted sum of the losses, 0 where probabilities are picked. */
+typedef double (*ce_probabilities_fn)(const ce_probability_job *job, int64_t first, int64_t last, double *loss,
+                                      char *seen, int *flags);
+typedef void (*ce_label_range_fn)(const ce_labels *labels, int64_t first, int64_t last, int64_t *least, int64_t *most);
+
 typedef struct {
     const char *name;
     ce_rows_fn rows_float64, rows_float32; /* by compute dtype */
     ce_elements_fn elements_float64, elements_float32;
+    ce_probabilities_fn probabilities_float64, probabilities_float32;
+    ce_label_range_fn label_range;
 } ce_table;
 
 /* dispatch.c */

@@ -11,6 +11,7 @@
 #define NAME(name) ce_##name##_float32
 #include "rows_tpl.h"
 #include "elements_tpl.h"
+#include "probabilities_tpl.h"
 #undef REAL
 #undef REAL_IS_FLOAT
 #undef REAL_DTYPE
@@ -28,10 +29,12 @@
 #define NAME(name) ce_##name##_float64
 #include "rows_tpl.h"
 #include "elements_tpl.h"
+#include "probabilities_tpl.h"
 
 #define CE_TEXT_(x) #x
 #define CE_TEXT(x) CE_TEXT_(x)
 #define CE_TABLE_(isa) ce_table_##isa
 #define CE_TABLE(isa) CE_TABLE_(isa)
 const ce_table CE_TABLE(CE_ISA) = {CE_TEXT(CE_ISA), ce_rows_float64, ce_rows_float32, ce_elements_float64,
-                                       ce_elements_float32};
+                                       ce_elements_float32, ce_probabilities_float64, ce_probabilities_float32,
+                                       ce_label_range};
