@@ -10,6 +10,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,21 @@ RESPONSE_METHODS = ("predict_proba", "predict_log_proba", "decision_function")
 FLOATS = (np.float64, np.float32, np.float16)  # what scikit-learn keeps; all else it reads as float64
 EPS = {np.dtype(kind): float(np.finfo(kind).eps) for kind in FLOATS}
 
-Labels = np.ndarray | list[str]  # bools or integers but uint64 (integral floats are read as int64), or strings
-Columns = tuple[np.ndarray, int]  # labels and the one of the first column, whose differences are column numbers
+
+@dataclass(frozen=True, slots=True)
+class Strings:
+    """Labels that are strings: label i is names[number[i]]."""
+
+    names: list[str]  # distinct, in the order of their first appearance
+    number: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+
+Labels = np.ndarray | Strings  # an array of bools or any integers but uint64 (integral floats are read as int64)
+Classes = np.ndarray | list[str]  # an array of int64
+Columns = tuple[np.ndarray, int]  # labels and that of the first column; their differences are the columns' numbers
 
 
 def log_loss(
@@ -255,7 +269,7 @@ def _plain_log_loss(y_true, y_proba, normalize, sample_weight, labels) -> tuple[
     if proba.ndim == 0 or len(proba) != len(known):
         raise ValueError("y_true and y_proba differ in length")
     weights = _read_weights(sample_weight, len(known))
-    if labels is None and not isinstance(known, list):
+    if labels is None and not isinstance(known, Strings):
         low, high = _range(known)
         if proba.ndim == 2 and proba.shape[1] == 1:
             proba = proba[:, 0]
@@ -274,25 +288,30 @@ def _plain_log_loss(y_true, y_proba, normalize, sample_weight, labels) -> tuple[
 def _read_labels(values, name: str) -> Labels:
     listed = isinstance(values, list | tuple)
     if listed and len(values) and isinstance(values[0], str):
-        return _check_strings(list(values), name)  # not by way of NumPy, which makes strings of ["a", 1]
+        return _number(list(values), name)  # not by way of NumPy, which makes strings of ["a", 1]
     array = np.asarray(values) if listed or type(values) is np.ndarray else column_or_1d(values)
     if array.ndim != 1 and not listed:
         array = column_or_1d(array)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{name} has shape {array.shape}; expected (n_samples,), and not empty")
     if array.dtype.kind == "U" and not listed:
-        return array.tolist()
+        array = _plain_memory(array)
+        if found := backends.active().number_strings(array):
+            return Strings(array[found[0]].tolist(), found[1])
     if array.dtype.kind in "UO":
-        return _check_strings(list(values) if listed else array.tolist(), name)
+        return _number(list(values) if listed else array.tolist(), name)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name} has dtype {array.dtype}; expected integers, bools, strings or integral floats")
-    if array.dtype.kind != "f" and array.dtype.char not in "LQ":
-        return _plain_memory(array)
-    with np.errstate(invalid="ignore"):
-        whole = array.astype(np.int64)
-    if not np.array_equal(whole, array):
+    if array.dtype.kind == "f":
+        with np.errstate(invalid="ignore"):
+            whole = array.astype(np.int64)
+        wrong = not np.array_equal(whole, array)
+    else:
+        whole = _plain_memory(array)
+        wrong = whole.dtype == np.uint64 and bool((whole > np.iinfo(np.int64).max).any())
+    if wrong:
         raise ValueError(f"{name} holds numbers that are not integers of 64 bits; expected labels of classes")
-    return whole
+    return whole.view(np.int64) if whole.dtype == np.uint64 else whole
 
 
 def _plain_memory(array: np.ndarray) -> np.ndarray:
@@ -300,17 +319,19 @@ def _plain_memory(array: np.ndarray) -> np.ndarray:
     return array if array.flags.aligned and array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
-def _check_strings(labels: list, name: str) -> list[str]:
-    for label in set(labels):
+def _number(labels: list, name: str) -> Strings:
+    names = list(dict.fromkeys(labels))
+    for label in names:
         if not isinstance(label, str):
             raise ValueError(f"{name} holds {label!r} beside strings or as an object; expected labels of one kind")
-    return labels
+    position = {label: k for k, label in enumerate(names)}
+    return Strings(names, np.fromiter(map(position.__getitem__, labels), np.int64, len(labels)))
 
 
-def _classes_in(labels: Labels) -> Labels:
+def _classes_in(labels: Labels) -> Classes:
     """The labels that occur, sorted."""
-    if isinstance(labels, list):
-        return sorted(set(labels))
+    if isinstance(labels, Strings):
+        return sorted(labels.names)
     low, high = _range(labels)
     if high - low > len(labels):
         return np.unique(labels).astype(np.int64)
@@ -325,34 +346,44 @@ def _range(labels: np.ndarray) -> tuple[int, int]:
     return backend.label_range(labels, n_threads)
 
 
-def _read_classes(values, name: str) -> Labels:
-    classes = _read_labels(values, name)
-    if not isinstance(classes, list):
-        classes = classes.astype(np.int64, copy=False)
+def _read_classes(values, name: str) -> Classes:
+    labels = _read_labels(values, name)
+    if isinstance(labels, Strings):
+        classes: Classes = [labels.names[k] for k in labels.number]
+    else:
+        classes = labels.astype(np.int64, copy=False)
     if len(set(_plain(classes))) != len(classes):
         raise ValueError(f"{name} is {_shown(classes)}; expected each label once")
     return classes
 
 
-def _encode(labels: Labels, classes: Labels, name: str, known: str) -> Columns:
+def _encode(labels: Labels, classes: Classes, name: str, known: str) -> Columns:
     """The position of each label in `classes`."""
-    if isinstance(labels, list) or isinstance(classes, list):
-        position = {label: k for k, label in enumerate(_plain(classes))}
-        try:
-            return np.fromiter(map(position.__getitem__, _plain(labels)), np.int64, len(labels)), 0
-        except KeyError as unseen:
-            raise _unseen(unseen.args[0], classes, name, known) from None
-    low, high = int(classes[0]), int(classes[-1])
+    if isinstance(labels, Strings) and isinstance(classes, list):
+        position = {label: k for k, label in enumerate(classes)}
+        for label in labels.names:
+            if label not in position:
+                raise _unseen(label, classes, name, known)
+        return np.array([position[label] for label in labels.names])[labels.number], 0
+    if isinstance(labels, Strings) or isinstance(classes, list):
+        raise _unseen(labels.names[0] if isinstance(labels, Strings) else int(labels[0]), classes, name, known)
+    low, high = int(classes.min()), int(classes.max())
+    for end in _range(labels):
+        if not low <= end <= high:
+            raise _unseen(end, classes, name, known)
     if high - low == len(classes) - 1 and _increasing(classes):
-        for end in _range(labels):
-            if not low <= end <= high:
-                raise _unseen(end, classes, name, known)
         return labels, low
-    order = np.argsort(classes)
-    codes = order[np.searchsorted(classes, labels, sorter=order).clip(max=len(classes) - 1)]
-    strange = classes[codes] != labels
+    if high - low <= max(len(labels), len(classes)):  # a table takes a fifth of the time of a search
+        table = np.full(high - low + 1, -1)
+        table[classes - low] = np.arange(len(classes))
+        codes = table[_numbers((labels, low))]
+        strange = codes < 0
+    else:
+        order = np.argsort(classes)
+        codes = order[np.searchsorted(classes, labels, sorter=order)]
+        strange = classes[codes] != labels
     if strange.any():
-        raise _unseen(labels[strange][0].item(), classes, name, known)
+        raise _unseen(int(labels[strange][0]), classes, name, known)
     return codes, 0
 
 
@@ -362,21 +393,21 @@ def _numbers(columns: Columns) -> np.ndarray:
     return labels - low if low else labels
 
 
-def _unseen(label, classes: Labels, name: str, known: str) -> ValueError:
+def _unseen(label, classes: Classes, name: str, known: str) -> ValueError:
     return ValueError(f"{name} has the label {label!r}; expected one of {known} {_shown(classes)}")
 
 
-def _plain(labels: Labels) -> list:
-    return labels if isinstance(labels, list) else labels.tolist()
+def _plain(classes: Classes) -> list:
+    return classes if isinstance(classes, list) else classes.tolist()
 
 
-def _increasing(classes: Labels) -> bool:
+def _increasing(classes: Classes) -> bool:
     if isinstance(classes, list):
         return all(a < b for a, b in itertools.pairwise(classes))
     return bool((classes[1:] > classes[:-1]).all())
 
 
-def _shown(classes: Labels) -> str:
+def _shown(classes: Classes) -> str:
     first = ", ".join(map(repr, _plain(classes[:20])))
     return f"[{first}]" if len(classes) <= 20 else f"[{first}, ...]"
 
@@ -410,7 +441,7 @@ def _read_class_weight(class_weight) -> dict[Any, float] | None:
     }
 
 
-def _weight_of_each(classes: Labels, class_weight: dict[Any, float] | None) -> np.ndarray | None:
+def _weight_of_each(classes: Classes, class_weight: dict[Any, float] | None) -> np.ndarray | None:
     if class_weight is None:
         return None
     plain = _plain(classes)
@@ -426,7 +457,7 @@ def _read_probabilities(y_proba) -> np.ndarray:
     return _plain_memory(y_proba)
 
 
-def _one_column(scores: np.ndarray, classes: Labels, name: str) -> bool:
+def _one_column(scores: np.ndarray, classes: Classes, name: str) -> bool:
     """Whether `scores` has one column for two classes; an error if it has neither that nor one for each."""
     if len(classes) == 2 and (scores.ndim == 1 or scores.shape[1:] == (1,)):
         return True
@@ -442,12 +473,12 @@ def _two_columns(scores: np.ndarray, first: np.ndarray) -> np.ndarray:
     return np.stack([first.reshape(-1), scores.reshape(-1)], axis=1)
 
 
-def _read_logits(y_score, classes: Labels, name: str) -> np.ndarray:
+def _read_logits(y_score, classes: Classes, name: str) -> np.ndarray:
     scores = np.asarray(y_score)
     return _two_columns(scores, np.zeros_like(scores)) if _one_column(scores, classes, name) else scores
 
 
-def _log_of_probabilities(y_proba, classes: Labels, name: str) -> np.ndarray:
+def _log_of_probabilities(y_proba, classes: Classes, name: str) -> np.ndarray:
     proba = _read_probabilities(y_proba)
     _check_unit_interval(proba)
     if _one_column(proba, classes, name):

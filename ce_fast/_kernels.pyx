@@ -5,7 +5,7 @@ Every array is checked by the caller (`ce_fast.backends.compiled`): aligned, in 
 shape, and kept alive during the call.
 """
 from cython.parallel cimport prange, threadid
-from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t
+from libc.stdint cimport INT64_MAX, INT64_MIN, int32_t, int64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
@@ -91,6 +91,10 @@ cdef extern from "ce_fast.h" nogil:
     const ce_table *ce_isa(int i)
     int ce_max_threads()
     int ce_openmp()
+    int64_t ce_number_strings(
+        const char *data, int64_t stride, int64_t width, int64_t n, int32_t *slots, int64_t n_slots, int32_t *number,
+        int64_t *first,
+    )
     double ce_sum_in_order(const double *values, int64_t n)
     void ce_sum_weights(ce_job *)
     ce_temperature ce_make_temperature(double value)
@@ -376,3 +380,19 @@ def run_probabilities(int isa, plan, job):
         free(sums)
         free(flags)
     return total, bool(found & CE_OUTSIDE), not found & CE_SUM_NOT_ONE, missing == 0
+
+
+def number_strings(cnp.ndarray strings, cnp.ndarray number, cnp.ndarray first, cnp.ndarray slots):
+    """Write to `number` (n,) which string of `first` each is; returns how many there are, -1 for too many.
+
+    strings: (n,) of dtype U. slots: zeros, int32, a power of two of them; first: int64, half as many.
+    """
+    cdef const char *data = <const char *>cnp.PyArray_DATA(strings)
+    cdef int64_t n = cnp.PyArray_DIM(strings, 0), stride = cnp.PyArray_STRIDE(strings, 0)
+    cdef int64_t width = cnp.PyArray_ITEMSIZE(strings), n_slots = cnp.PyArray_DIM(slots, 0), found
+    cdef int32_t *places = <int32_t *>cnp.PyArray_DATA(slots)
+    cdef int32_t *numbers = <int32_t *>cnp.PyArray_DATA(number)
+    cdef int64_t *firsts = <int64_t *>cnp.PyArray_DATA(first)
+    with nogil:
+        found = ce_number_strings(data, stride, width, n, places, n_slots, numbers, firsts)
+    return found

@@ -7,6 +7,8 @@ A backend is a module with
     run(job, plan) -> float                                         the sum of the row losses
     run_elements(job, plan) -> (float, bool)                        the sum of the losses; whether a target is bad
     label_range(labels, n_threads) -> (int, int)                    the least and the greatest
+    number_strings(strings) -> (first, number) or None              distinct ones by first appearance, and which of them
+                                                                    each is; None: too many for this way
     run_probabilities(job, plan) -> (float, bool, bool, bool)       the sum of the losses; whether a probability is not
                                                                     in [0, 1], every row's sum is 1, every column is
                                                                     that of some label

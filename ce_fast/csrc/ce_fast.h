@@ -141,6 +141,8 @@ int ce_openmp(void);                  /* _OPENMP, or 0 */
 void ce_sum_weights(ce_job *job);
 ce_temperature ce_make_temperature(double value);
 double ce_sum_in_order(const double *values, int64_t n);
+int64_t ce_number_strings(const char *data, int64_t stride, int64_t width, int64_t n, int32_t *slots, int64_t n_slots,
+                          int32_t *number, int64_t *first);
 int64_t ce_target_at(const void *target, ce_dtype type, int64_t i);
 int64_t ce_scan_targets(const ce_job *job, int64_t *n_counted, double *weight_sum);
 
