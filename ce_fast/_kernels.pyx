@@ -308,7 +308,7 @@ cdef int set_labels(ce_labels *view, cnp.ndarray labels) except -1:
 def label_range(int isa, cnp.ndarray labels, int n_threads):
     """(least, greatest) of one dimension of labels, at least one for each thread."""
     cdef ce_labels view
-    cdef int64_t n = cnp.PyArray_DIM(labels, 0), least = INT64_MAX, most = INT64_MIN, t
+    cdef int64_t n = cnp.PyArray_DIM(labels, 0), share = n // n_threads, least = INT64_MAX, most = INT64_MIN, t
     cdef int64_t *ends = <int64_t *>malloc(2 * n_threads * sizeof(int64_t))
     cdef ce_label_range_fn scan = ce_isa(isa).label_range
     if ends == NULL:
@@ -319,7 +319,7 @@ def label_range(int isa, cnp.ndarray labels, int n_threads):
             scan(&view, 0, n, &ends[0], &ends[1])
         else:
             for t in prange(n_threads, schedule="static", num_threads=n_threads):
-                scan(&view, n * t // n_threads, n * (t + 1) // n_threads, &ends[2 * t], &ends[2 * t + 1])
+                scan(&view, t * share, n if t == n_threads - 1 else (t + 1) * share, &ends[2 * t], &ends[2 * t + 1])
         for t in range(n_threads):
             least, most = min(least, ends[2 * t]), max(most, ends[2 * t + 1])
     free(ends)

@@ -139,6 +139,7 @@ static void NAME(add_rows)(const REAL *v, int64_t n, int64_t width, REAL *sums)
     for (; width < CE_LANES && i + 4 <= n; i += 4) {
         const REAL *a = v + i * width, *b = a + width, *c = b + width, *d = c + width;
         REAL sum_a = 0, sum_b = 0, sum_c = 0, sum_d = 0;
+#pragma GCC unroll 4
         for (int64_t k = 0; k < width; k++) {
             sum_a += a[k];
             sum_b += b[k];
@@ -185,31 +186,34 @@ static int NAME(check_rows)(const ce_probability_job *job, int64_t i, int64_t n)
         found |= NAME(outside)(v, n * width) ? CE_OUTSIDE : 0;
         NAME(add_rows)(v, n, width, sums);
     }
-    REAL tolerance = (REAL)job->tolerance;
+    double tolerance = job->tolerance;
     int off = 0, nan = 0;
-    for (int64_t r = 0; r < n; r++) {
-        REAL d = sums[r] - 1;
-        off |= !(d <= tolerance && -d <= tolerance);
-        nan |= d != d;
-    }
+    for (int64_t r = 0; r < n; r++)
+        off |= !(fabs((double)sums[r] - 1) <= tolerance);
+    for (int64_t r = 0; r < n && off; r++)
+        nan |= sums[r] != sums[r];
     return found | (off ? CE_SUM_NOT_ONE : 0) | (nan ? CE_OUTSIDE : 0);
 }
 
 /* p[i, column] of n rows; a column that is not there is read as the first */
 static void NAME(pick)(const ce_probability_job *job, int64_t i, int64_t n, const uint64_t *column, char *seen, REAL *p)
 {
-    const char *at = job->data + i * job->row_stride;
+    int64_t row_stride = job->row_stride, class_stride = job->class_stride;
+    const char *at = job->data + i * row_stride;
     uint64_t n_classes = (uint64_t)job->n_classes;
-    int plain = job->dtype == REAL_DTYPE;
-    for (int64_t r = 0; r < n; r++) {
-        uint64_t k = column[r] < n_classes ? column[r] : 0;
-        const char *place = at + r * job->row_stride + (int64_t)k * job->class_stride;
-        seen[k] = 1;
-        if (plain)
-            memcpy(p + r, place, sizeof(REAL));
-        else
-            NAME(load)(place, 0, job->dtype, 1, p + r);
+#define CE_PICK(READ)                                            \
+    for (int64_t r = 0; r < n; r++, at += row_stride) {          \
+        uint64_t k = column[r] < n_classes ? column[r] : 0;      \
+        const char *place = at + (int64_t)k * class_stride;      \
+        seen[k] = 1;                                             \
+        READ;                                                    \
     }
+    if (job->dtype == REAL_DTYPE) {
+        CE_PICK(memcpy(p + r, place, sizeof(REAL)))
+    } else {
+        CE_PICK(NAME(load)(place, 0, job->dtype, 1, p + r))
+    }
+#undef CE_PICK
 }
 
 /* p of label 1, 1 - p of label 0, rounded as in the dtype of p; what is wrong with them */
