@@ -2,14 +2,15 @@
 
     log_loss = -sum_i w_i log clip(p[i, y_i]) / sum_i w_i
 
-needs one probability of each row. So labels become column numbers, and the pass that checks the probabilities picks
-the one that counts: no one-hot matrix, no logarithm of the others.
+needs one probability of each row. So the pass that checks the probabilities picks the one in the column of the label:
+no one-hot matrix, no logarithm of the others.
 """
 
 import itertools
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,32 @@ from sklearn.metrics import log_loss as _host_log_loss
 from sklearn.utils import check_array, check_consistent_length, column_or_1d
 from sklearn.utils.metadata_routing import MetadataRequest
 
-from ce_fast import inputs
+from ce_fast import backends, inputs, threads
+from ce_fast.backends import ProbabilityJob
 from ce_fast.losses import CrossEntropyLoss
+from ce_fast.plan import MOST_THREADS, make_plan
 
 __all__ = ["cross_entropy_from_logits", "log_loss", "make_cross_entropy_scorer", "neg_cross_entropy_scorer"]
 
 RESPONSE_METHODS = ("predict_proba", "predict_log_proba", "decision_function")
 FLOATS = (np.float64, np.float32, np.float16)  # what scikit-learn keeps; all else it reads as float64
-BLOCK = 65536  # probabilities: 512 KiB stay in L2 for the check, the sums and the pick; whole passes take twice as long
+EPS = {np.dtype(kind): float(np.finfo(kind).eps) for kind in FLOATS}
 
-Labels = np.ndarray | list[str]  # int64 (bools and integral floats too), or strings
+
+@dataclass(frozen=True, slots=True)
+class Strings:
+    """Labels that are strings: label i is names[number[i]]."""
+
+    names: list[str]  # distinct, in the order of their first appearance
+    number: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+
+Labels = np.ndarray | Strings  # an array of bools or any integers but uint64 (integral floats are read as int64)
+Classes = np.ndarray | list[str]  # an array of int64
+Columns = tuple[np.ndarray, int]  # labels and that of the first column; their differences are the columns' numbers
 
 
 def log_loss(
@@ -84,13 +101,11 @@ def log_loss(
         )
         y_proba = y_pred
     try:
-        losses, weights, sums_to_one = _host_losses(y_true, y_proba, normalize, sample_weight, labels)
+        loss, sums_to_one = _plain_log_loss(y_true, y_proba, normalize, sample_weight, labels)
     except (TypeError, ValueError):  # scikit-learn's own answer, or its own error
         return _host_log_loss(y_true, y_proba, normalize=normalize, sample_weight=sample_weight, labels=labels)
     _warn_unless(sums_to_one)
-    if normalize:
-        return float(np.average(losses, weights=weights))
-    return float(losses.sum() if weights is None else np.dot(losses, weights))
+    return loss
 
 
 def cross_entropy_from_logits(
@@ -142,7 +157,7 @@ def cross_entropy_from_logits(
     classes = _classes_in(known) if labels is None else _read_classes(labels, "labels")
     if labels is None and len(classes) < 2:
         raise ValueError(f"y_true contains only one label ({classes[0]!s}); give all labels through labels=")
-    codes = _encode(known, classes, "y_true", "labels")
+    codes = _numbers(_encode(known, classes, "y_true", "labels"))
     logits = _read_logits(y_score, classes, "y_score")
     check_consistent_length(logits, codes, sample_weight)
     return _not_nan(loss(logits, codes, _read_weights(sample_weight, len(codes))), "y_score")
@@ -211,25 +226,27 @@ class _CrossEntropyScorer:
         if getattr(estimator, "classes_", None) is None:
             raise ValueError(f"{type(estimator).__name__} has no classes_; expected a fitted classifier")
         classes = _read_classes(estimator.classes_, "classes_")
-        codes = _encode(_read_labels(y, "y"), classes, "y", "the estimator's classes")
+        columns = _encode(_read_labels(y, "y"), classes, "y", "the estimator's classes")
         response = getattr(estimator, self.response_method)(X)
-        check_consistent_length(response, codes, sample_weight)
-        return -self._loss(response, codes, classes, _read_weights(sample_weight, len(codes)))
+        check_consistent_length(response, columns[0], sample_weight)
+        return -self._loss(response, columns, classes, _read_weights(sample_weight, len(columns[0])))
 
-    def _loss(self, response, codes, classes, sample_weight) -> float:
+    def _loss(self, response, columns, classes, sample_weight) -> float:
         class_weight = _weight_of_each(classes, self.class_weight)
         weights = sample_weight
         if class_weight is not None:
-            weights = class_weight[codes] if weights is None else weights * class_weight[codes]
+            weights = class_weight[_numbers(columns)] * (1 if weights is None else weights)
             _check_not_all_zero(weights)
         if self.response_method == "predict_proba" and self.label_smoothing == 0:
-            losses, sums_to_one = _clipped_losses(_read_probabilities(response), codes, classes)
+            proba = _read_probabilities(response)
+            proba = proba.reshape(-1) if _one_column(proba, classes, "y_proba") else proba
+            mean, sums_to_one, _ = _clipped_loss(proba, columns, weights)
             _warn_unless(sums_to_one)
-            return float(np.average(losses, weights=weights))
+            return mean
         read = _log_of_probabilities if self.response_method == "predict_proba" else _read_logits
         logits = read(response, classes, self.response_method)
         loss = CrossEntropyLoss(class_weight, label_smoothing=self.label_smoothing)
-        return _not_nan(loss(logits, codes, sample_weight), self.response_method)
+        return _not_nan(loss(logits, _numbers(columns), sample_weight), self.response_method)
 
     def _accept_sample_weight(self):
         return True  # scikit-learn asks the scorers of a dict without looking whether they can answer
@@ -244,110 +261,153 @@ class _CrossEntropyScorer:
         return self
 
 
-def _host_losses(y_true, y_proba, normalize, sample_weight, labels):
-    """(loss of each row, weights, whether rows sum to one); an error for all that scikit-learn may see otherwise."""
+def _plain_log_loss(y_true, y_proba, normalize, sample_weight, labels) -> tuple[float, bool]:
+    """(log loss, whether rows sum to one); an error for all that scikit-learn may see otherwise."""
     if not isinstance(normalize, (bool, np.bool_)):
         raise TypeError("normalize is not a bool")
-    known = _read_labels(y_true, "y_true")
+    known, proba = _read_labels(y_true, "y_true"), _read_probabilities(y_proba)
+    if proba.ndim == 0 or len(proba) != len(known):
+        raise ValueError("y_true and y_proba differ in length")
+    weights = _read_weights(sample_weight, len(known))
+    if labels is None and not isinstance(known, Strings):
+        low, high = _range(known)
+        if proba.ndim == 2 and proba.shape[1] == 1:
+            proba = proba[:, 0]
+        if proba.shape[1:] == (high - low + 1,) or (proba.ndim == 1 and high - low == 1):  # no gaps, if all occur
+            loss, sums_to_one, complete = _clipped_loss(proba, (known, low), weights, bool(normalize))
+            if not complete:
+                raise ValueError("y_proba has columns of labels that do not occur")
+            return loss, sums_to_one
     classes = _classes_in(known) if labels is None else _read_classes(labels, "labels")
     if len(classes) < 2 or not _increasing(classes):
         raise ValueError("labels are not two or more in order")
-    codes = _encode(known, classes, "y_true", "labels")
-    proba = _read_probabilities(y_proba)
-    if len(proba) != len(codes):
-        raise ValueError("y_true and y_proba differ in length")
-    weights = _read_weights(sample_weight, len(codes))
-    losses, sums_to_one = _clipped_losses(proba, codes, classes)
-    return losses, weights, sums_to_one
+    proba = proba.reshape(-1) if _one_column(proba, classes, "y_proba") else proba
+    return _clipped_loss(proba, _encode(known, classes, "y_true", "labels"), weights, bool(normalize))[:2]
 
 
 def _read_labels(values, name: str) -> Labels:
     listed = isinstance(values, list | tuple)
     if listed and len(values) and isinstance(values[0], str):
-        return _check_strings(list(values), name)  # not by way of NumPy, which makes strings of ["a", 1]
+        return _number(list(values), name)  # not by way of NumPy, which makes strings of ["a", 1]
     array = np.asarray(values) if listed or type(values) is np.ndarray else column_or_1d(values)
     if array.ndim != 1 and not listed:
         array = column_or_1d(array)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{name} has shape {array.shape}; expected (n_samples,), and not empty")
     if array.dtype.kind == "U" and not listed:
-        return array.tolist()
+        array = _plain_memory(array)
+        if found := backends.active().number_strings(array):
+            return Strings(array[found[0]].tolist(), found[1])
     if array.dtype.kind in "UO":
-        return _check_strings(list(values) if listed else array.tolist(), name)
+        return _number(list(values) if listed else array.tolist(), name)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name} has dtype {array.dtype}; expected integers, bools, strings or integral floats")
-    with np.errstate(invalid="ignore"):
-        whole = array.astype(np.int64, copy=False)
-    if whole is not array and not np.array_equal(whole, array):
+    if array.dtype.kind == "f":
+        with np.errstate(invalid="ignore"):
+            whole = array.astype(np.int64)
+        wrong = not np.array_equal(whole, array)
+    else:
+        whole = _plain_memory(array)
+        wrong = whole.dtype == np.uint64 and bool((whole > np.iinfo(np.int64).max).any())
+    if wrong:
         raise ValueError(f"{name} holds numbers that are not integers of 64 bits; expected labels of classes")
-    return whole
+    return whole.view(np.int64) if whole.dtype == np.uint64 else whole
 
 
-def _check_strings(labels: list, name: str) -> list[str]:
-    for label in set(labels):
+def _plain_memory(array: np.ndarray) -> np.ndarray:
+    """What a kernel can read: aligned, in native byte order."""
+    return array if array.flags.aligned and array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _number(labels: list, name: str) -> Strings:
+    names = list(dict.fromkeys(labels))
+    for label in names:
         if not isinstance(label, str):
             raise ValueError(f"{name} holds {label!r} beside strings or as an object; expected labels of one kind")
-    return labels
+    position = {label: k for k, label in enumerate(names)}
+    return Strings(names, np.fromiter(map(position.__getitem__, labels), np.int64, len(labels)))
 
 
-def _classes_in(labels: Labels) -> Labels:
+def _classes_in(labels: Labels) -> Classes:
     """The labels that occur, sorted."""
-    if isinstance(labels, list):
-        return sorted(set(labels))
-    low, high = int(labels.min()), int(labels.max())
+    if isinstance(labels, Strings):
+        return sorted(labels.names)
+    low, high = _range(labels)
     if high - low > len(labels):
-        return np.unique(labels)
-    return low + np.flatnonzero(np.bincount(_minus(labels, low)))  # counts in 1 ms what sorting does in 15 (1e6 labels)
+        return np.unique(labels).astype(np.int64)
+    # counts in 1 ms what sorting does in 15 (1e6 labels)
+    return low + np.flatnonzero(np.bincount(_numbers((labels, low))))
 
 
-def _read_classes(values, name: str) -> Labels:
-    classes = _read_labels(values, name)
+def _range(labels: np.ndarray) -> tuple[int, int]:
+    """The least and the greatest label."""
+    backend = backends.active()
+    n_threads = min(threads.resolve(None, len(labels), backend.max_threads), MOST_THREADS)
+    return backend.label_range(labels, n_threads)
+
+
+def _read_classes(values, name: str) -> Classes:
+    labels = _read_labels(values, name)
+    if isinstance(labels, Strings):
+        classes: Classes = [labels.names[k] for k in labels.number]
+    else:
+        classes = labels.astype(np.int64, copy=False)
     if len(set(_plain(classes))) != len(classes):
         raise ValueError(f"{name} is {_shown(classes)}; expected each label once")
     return classes
 
 
-def _encode(labels: Labels, classes: Labels, name: str, known: str) -> np.ndarray:
+def _encode(labels: Labels, classes: Classes, name: str, known: str) -> Columns:
     """The position of each label in `classes`."""
-    if isinstance(labels, list) or isinstance(classes, list):
-        position = {label: k for k, label in enumerate(_plain(classes))}
-        try:
-            return np.fromiter(map(position.__getitem__, _plain(labels)), np.int64, len(labels))
-        except KeyError as unseen:
-            raise _unseen(unseen.args[0], classes, name, known) from None
-    low, high = int(classes[0]), int(classes[-1])
+    if isinstance(labels, Strings) and isinstance(classes, list):
+        position = {label: k for k, label in enumerate(classes)}
+        for label in labels.names:
+            if label not in position:
+                raise _unseen(label, classes, name, known)
+        return np.array([position[label] for label in labels.names])[labels.number], 0
+    if isinstance(labels, Strings) or isinstance(classes, list):
+        raise _unseen(labels.names[0] if isinstance(labels, Strings) else int(labels[0]), classes, name, known)
+    low, high = int(classes.min()), int(classes.max())
+    for end in _range(labels):
+        if not low <= end <= high:
+            raise _unseen(end, classes, name, known)
     if high - low == len(classes) - 1 and _increasing(classes):
-        for end in (int(labels.min()), int(labels.max())):
-            if not low <= end <= high:
-                raise _unseen(end, classes, name, known)
-        return _minus(labels, low)
-    order = np.argsort(classes)
-    codes = order[np.searchsorted(classes, labels, sorter=order).clip(max=len(classes) - 1)]
-    strange = classes[codes] != labels
+        return labels, low
+    if high - low <= max(len(labels), len(classes)):  # a table takes a fifth of the time of a search
+        table = np.full(high - low + 1, -1)
+        table[classes - low] = np.arange(len(classes))
+        codes = table[_numbers((labels, low))]
+        strange = codes < 0
+    else:
+        order = np.argsort(classes)
+        codes = order[np.searchsorted(classes, labels, sorter=order)]
+        strange = classes[codes] != labels
     if strange.any():
-        raise _unseen(labels[strange][0].item(), classes, name, known)
-    return codes
+        raise _unseen(int(labels[strange][0]), classes, name, known)
+    return codes, 0
 
 
-def _unseen(label, classes: Labels, name: str, known: str) -> ValueError:
-    return ValueError(f"{name} has the label {label!r}; expected one of {known} {_shown(classes)}")
-
-
-def _minus(labels: np.ndarray, low: int) -> np.ndarray:
+def _numbers(columns: Columns) -> np.ndarray:
+    labels, low = columns
+    labels = labels.astype(np.int64, copy=False)
     return labels - low if low else labels
 
 
-def _plain(labels: Labels) -> list:
-    return labels if isinstance(labels, list) else labels.tolist()
+def _unseen(label, classes: Classes, name: str, known: str) -> ValueError:
+    return ValueError(f"{name} has the label {label!r}; expected one of {known} {_shown(classes)}")
 
 
-def _increasing(classes: Labels) -> bool:
+def _plain(classes: Classes) -> list:
+    return classes if isinstance(classes, list) else classes.tolist()
+
+
+def _increasing(classes: Classes) -> bool:
     if isinstance(classes, list):
         return all(a < b for a, b in itertools.pairwise(classes))
     return bool((classes[1:] > classes[:-1]).all())
 
 
-def _shown(classes: Labels) -> str:
+def _shown(classes: Classes) -> str:
     first = ", ".join(map(repr, _plain(classes[:20])))
     return f"[{first}]" if len(classes) <= 20 else f"[{first}, ...]"
 
@@ -355,7 +415,9 @@ def _shown(classes: Labels) -> str:
 def _read_weights(sample_weight, n_samples: int) -> np.ndarray | None:
     if sample_weight is None:
         return None
-    weights = check_array(sample_weight, ensure_2d=False, dtype=None, input_name="sample_weight")
+    weights = sample_weight
+    if type(weights) is not np.ndarray or weights.dtype.kind not in "biuf" or not np.isfinite(weights).all():
+        weights = check_array(weights, ensure_2d=False, dtype=None, input_name="sample_weight")
     if weights.dtype.kind not in "biuf" or weights.shape != (n_samples,):
         raise ValueError(
             f"sample_weight has dtype {weights.dtype} and shape {weights.shape}; expected numbers, shape {(n_samples,)}"
@@ -379,7 +441,7 @@ def _read_class_weight(class_weight) -> dict[Any, float] | None:
     }
 
 
-def _weight_of_each(classes: Labels, class_weight: dict[Any, float] | None) -> np.ndarray | None:
+def _weight_of_each(classes: Classes, class_weight: dict[Any, float] | None) -> np.ndarray | None:
     if class_weight is None:
         return None
     plain = _plain(classes)
@@ -390,12 +452,12 @@ def _weight_of_each(classes: Labels, class_weight: dict[Any, float] | None) -> n
 
 
 def _read_probabilities(y_proba) -> np.ndarray:
-    if type(y_proba) is np.ndarray and y_proba.dtype in FLOATS:
-        return y_proba  # NaN and infinity are found below, in the same pass as the rest
-    return np.asarray(check_array(y_proba, ensure_2d=False, dtype=FLOATS))
+    if type(y_proba) is not np.ndarray or y_proba.dtype not in EPS:  # else the kernel finds NaN and infinity
+        y_proba = np.asarray(check_array(y_proba, ensure_2d=False, dtype=FLOATS))
+    return _plain_memory(y_proba)
 
 
-def _one_column(scores: np.ndarray, classes: Labels, name: str) -> bool:
+def _one_column(scores: np.ndarray, classes: Classes, name: str) -> bool:
     """Whether `scores` has one column for two classes; an error if it has neither that nor one for each."""
     if len(classes) == 2 and (scores.ndim == 1 or scores.shape[1:] == (1,)):
         return True
@@ -411,12 +473,12 @@ def _two_columns(scores: np.ndarray, first: np.ndarray) -> np.ndarray:
     return np.stack([first.reshape(-1), scores.reshape(-1)], axis=1)
 
 
-def _read_logits(y_score, classes: Labels, name: str) -> np.ndarray:
+def _read_logits(y_score, classes: Classes, name: str) -> np.ndarray:
     scores = np.asarray(y_score)
     return _two_columns(scores, np.zeros_like(scores)) if _one_column(scores, classes, name) else scores
 
 
-def _log_of_probabilities(y_proba, classes: Labels, name: str) -> np.ndarray:
+def _log_of_probabilities(y_proba, classes: Classes, name: str) -> np.ndarray:
     proba = _read_probabilities(y_proba)
     _check_unit_interval(proba)
     if _one_column(proba, classes, name):
@@ -424,50 +486,43 @@ def _log_of_probabilities(y_proba, classes: Labels, name: str) -> np.ndarray:
     return np.log(_clip(proba))
 
 
-def _clip(proba: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _clip(proba: np.ndarray) -> np.ndarray:
     eps = np.finfo(proba.dtype).eps
-    return np.clip(proba, eps, 1 - eps, out=out)
+    return np.clip(proba, eps, 1 - eps)
 
 
 def _check_unit_interval(proba: np.ndarray) -> None:
-    """One pass for both ends: as unsigned integers, NaN and all negative numbers are above 1."""
-    bits = np.dtype(f"u{proba.itemsize}")
-    if proba.view(bits).max() <= np.ones((), proba.dtype).view(bits):
-        return
     low, high = proba.min(), proba.max()
-    if not (low >= 0 and high <= 1):  # -0.0 is right
+    if not (low >= 0 and high <= 1):  # -0.0 is right, NaN is not
         raise ValueError(f"y_proba holds values from {low} to {high}; expected 0 <= y_proba <= 1")
 
 
-def _clipped_losses(proba: np.ndarray, codes: np.ndarray, classes: Labels) -> tuple[np.ndarray, bool]:
-    """(-log clip(p[i, y_i]) of each row, whether every row sums to one)."""
-    if _one_column(proba, classes, "y_proba"):
+def _clipped_loss(
+    proba: np.ndarray, columns: Columns, weights: np.ndarray | None, normalize: bool = True
+) -> tuple[float, bool, bool]:
+    """(mean or sum of -log clip(p[i, y_i]), whether every row sums to one, whether every column is that of a label)."""
+    n_rows, kind = len(proba), proba.dtype
+    backend = backends.active()
+    n_threads = threads.resolve(None, proba.size, backend.max_threads)
+    plan = make_plan((n_rows,), 1 if proba.ndim == 1 else proba.shape[1], kind, n_threads)
+    scale = n_rows if weights is None or not normalize else weights.sum()
+    picked = None
+    if kind != np.float64 or not (weights is None or (weights.dtype == np.float64 and normalize and scale != 0)):
+        picked = np.empty(n_rows, kind)  # NumPy's own logarithms and sums, with their roundings, or their error
+    weight = None if weights is None or picked is not None else np.require(weights, requirements=["C", "A"])
+    eps = EPS[kind]  # it, and the tolerance, are scikit-learn's
+    job = ProbabilityJob(proba, *columns, eps, 1e-8 + math.sqrt(eps), weight, picked)
+    total, outside, sums_to_one, complete = backend.run_probabilities(job, plan)
+    if outside:
         _check_unit_interval(proba)
-        column = proba.reshape(-1)
-        picked, sums_to_one = np.where(codes == 1, column, 1 - column), True
+    if picked is None:
+        return float(total / scale if normalize else total), sums_to_one, complete
+    losses = np.negative(np.log(picked, out=picked), out=picked)
+    if normalize:
+        loss = np.average(losses, weights=weights)
     else:
-        picked, sums_to_one = _pick(proba, codes)
-    _clip(picked, out=picked)
-    np.log(picked, out=picked)
-    return np.negative(picked, out=picked), sums_to_one
-
-
-def _pick(proba: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, bool]:
-    """(p[i, y_i] of each row, whether every row sums to one): checked and picked a block at a time."""
-    n_rows, n_classes = proba.shape
-    step = min(n_rows, max(1, BLOCK // n_classes))
-    first = np.arange(0, step * n_classes, n_classes)
-    ones = np.ones(n_classes, np.result_type(proba.dtype, np.float32))  # a product with it is four times sum(axis=1)
-    tolerance = 1e-8 + math.sqrt(np.finfo(proba.dtype).eps)  # scikit-learn's
-    picked, sums_to_one = np.empty(n_rows, proba.dtype), True
-    for start in range(0, n_rows, step):
-        block = np.ascontiguousarray(proba[start : start + step])
-        _check_unit_interval(block)
-        sums = block.astype(ones.dtype, copy=False) @ ones
-        sums_to_one &= bool(abs(sums.min() - 1) <= tolerance and abs(sums.max() - 1) <= tolerance)
-        places = first[: len(block)] + codes[start : start + step]
-        block.reshape(-1).take(places, out=picked[start : start + step], mode="clip")  # "raise" buffers `out`
-    return picked, sums_to_one
+        loss = losses.sum() if weights is None else np.dot(losses, weights)
+    return float(loss), sums_to_one, complete
 
 
 def _warn_unless(sums_to_one: bool) -> None:

@@ -5,9 +5,9 @@ Every array is checked by the caller (`ce_fast.backends.compiled`): aligned, in 
 shape, and kept alive during the call.
 """
 from cython.parallel cimport prange, threadid
-from libc.stdint cimport int64_t
 from cpython.pycapsule cimport PyCapsule_New
-from libc.stdlib cimport calloc, free, realloc
+from libc.stdint cimport INT64_MAX, INT64_MIN, int32_t, int64_t
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 
 cimport numpy as cnp
@@ -29,6 +29,9 @@ cdef extern from "sums.h" nogil:
         CE_NOTHING, CE_GRADIENT, CE_LOG_SOFTMAX
     ctypedef enum ce_rule:
         pass
+    enum:
+        CE_OUTSIDE
+        CE_SUM_NOT_ONE
     ctypedef struct ce_temperature:
         pass
     ctypedef struct ce_array:
@@ -71,17 +74,39 @@ cdef extern from "sums.h" nogil:
     ctypedef void (*ce_rows_fn)(const ce_job *, int64_t, int64_t, void *, ce_tally *)
     ctypedef size_t (*ce_scratch_fn)(const ce_job *)
     ctypedef double (*ce_elements_fn)(const ce_element_job *, int64_t, int64_t, int *)
+    ctypedef struct ce_labels:
+        const char *data
+        ce_dtype dtype
+        int64_t stride
+    ctypedef struct ce_probability_job:
+        int64_t n_classes
+        const char *data
+        ce_dtype dtype
+        int64_t row_stride, class_stride
+        ce_labels labels
+        int64_t low
+        double eps, tolerance
+        const double *weight
+        char *picked
+    ctypedef double (*ce_probabilities_fn)(const ce_probability_job *, int64_t, int64_t, double *, char *, int *)
+    ctypedef void (*ce_label_range_fn)(const ce_labels *, int64_t, int64_t, int64_t *, int64_t *)
     ctypedef struct ce_table:
         const char *name
         ce_rows_fn rows_float64, rows_float32
         ce_scratch_fn scratch_float64, scratch_float32
         ce_elements_fn elements_float64, elements_float32
+        ce_probabilities_fn probabilities_float64, probabilities_float32
+        ce_label_range_fn label_range
     int ce_isa_count()
     const ce_table *ce_isa(int i)
     int ce_max_threads()
     int ce_openmp()
     void *ce_take_block(size_t size)
     void ce_give_block(void *data, size_t size)
+    int64_t ce_number_strings(
+        const char *data, int64_t stride, int64_t width, int64_t n, int32_t *slots, int64_t n_slots, int32_t *number,
+        int64_t *first,
+    )
     double ce_sum_in_order(const double *values, int64_t n)
     void ce_sum_weights(ce_job *)
     ce_temperature ce_make_temperature(double value)
@@ -338,3 +363,103 @@ def run_elements(int isa, plan, job):
     free(sums)
     free(flags)
     return total, bool(bad)
+
+
+cdef int set_labels(ce_labels *view, cnp.ndarray labels) except -1:
+    view.data = <const char *>cnp.PyArray_DATA(labels)
+    view.dtype = <ce_dtype>code_of(labels)
+    view.stride = cnp.PyArray_STRIDE(labels, 0)
+    return 0
+
+
+def label_range(int isa, cnp.ndarray labels, int n_threads):
+    """(least, greatest) of one dimension of labels, at least one for each thread."""
+    cdef ce_labels view
+    cdef int64_t n = cnp.PyArray_DIM(labels, 0), share = n // n_threads, least = INT64_MAX, most = INT64_MIN, t
+    cdef int64_t *ends = <int64_t *>malloc(2 * n_threads * sizeof(int64_t))
+    cdef ce_label_range_fn scan = ce_isa(isa).label_range
+    if ends == NULL:
+        raise MemoryError(f"no memory for the least and greatest labels of {n_threads} threads")
+    set_labels(&view, labels)
+    with nogil:
+        if n_threads == 1:
+            scan(&view, 0, n, &ends[0], &ends[1])
+        else:
+            for t in prange(n_threads, schedule="static", num_threads=n_threads):
+                scan(&view, t * share, n if t == n_threads - 1 else (t + 1) * share, &ends[2 * t], &ends[2 * t + 1])
+        for t in range(n_threads):
+            least, most = min(least, ends[2 * t]), max(most, ends[2 * t + 1])
+    free(ends)
+    return least, most
+
+
+def run_probabilities(int isa, plan, job):
+    """Run one job on probabilities; returns (the sum of the losses, outside, sums_to_one, every column has a label)."""
+    cdef ce_probability_job view
+    cdef cnp.ndarray proba = job.proba
+    cdef int64_t n = plan.n_rows, block = plan.block_rows, b, n_blocks = (n + block - 1) // block
+    cdef int64_t n_classes = cnp.PyArray_DIM(proba, 1) if cnp.PyArray_NDIM(proba) == 2 else 0, k, t, missing = 0
+    cdef int n_threads = plan.n_threads, chunk_blocks = plan.chunk_blocks, found = 0
+    cdef bint wide = plan.compute_dtype.itemsize == 8
+    cdef ce_probabilities_fn rows = ce_isa(isa).probabilities_float64 if wide else ce_isa(isa).probabilities_float32
+    # of each thread; no two of them share a cache line
+    cdef int64_t per_loss = min(n, block) + 8 if job.picked is None else 0
+    cdef int64_t per_seen = (n_classes + 127) // 64 * 64
+    cdef double *losses = <double *>malloc(n_threads * per_loss * sizeof(double) + 1)
+    cdef char *seen = <char *>calloc(n_threads, per_seen)
+    cdef double *sums = <double *>calloc(n_blocks + 1, sizeof(double))
+    cdef int *flags = <int *>calloc(n_blocks + 1, sizeof(int))
+    cdef double total = 0
+
+    try:
+        if losses == NULL or seen == NULL or sums == NULL or flags == NULL:
+            raise MemoryError(f"no memory for {n_blocks} partial sums and the losses of {n_threads} blocks of rows")
+        memset(&view, 0, sizeof(view))
+        view.n_classes = n_classes
+        view.data = <const char *>cnp.PyArray_DATA(proba)
+        view.dtype = <ce_dtype>code_of(proba)
+        view.row_stride = cnp.PyArray_STRIDE(proba, 0)
+        view.class_stride = cnp.PyArray_STRIDE(proba, 1) if n_classes else 0
+        set_labels(&view.labels, job.labels)
+        view.low, view.eps, view.tolerance = job.low, job.eps, job.tolerance
+        view.weight = <const double *>data_of(job.weight)
+        view.picked = <char *>data_of(job.picked)
+        with nogil:
+            if n_threads == 1:
+                for b in range(n_blocks):
+                    sums[b] = rows(&view, b * block, min((b + 1) * block, n), losses, seen, &flags[b])
+            else:
+                for b in prange(n_blocks, schedule="dynamic", chunksize=chunk_blocks, num_threads=n_threads):
+                    sums[b] = rows(
+                        &view, b * block, min((b + 1) * block, n), losses + threadid() * per_loss,
+                        seen + threadid() * per_seen, &flags[b],
+                    )
+            total = ce_sum_in_order(sums, n_blocks)
+            for b in range(n_blocks):
+                found = found | flags[b]
+            for k in range(n_classes):
+                for t in range(1, n_threads):
+                    seen[k] = seen[k] | seen[t * per_seen + k]
+                missing = missing + (seen[k] == 0)
+    finally:
+        free(losses)
+        free(seen)
+        free(sums)
+        free(flags)
+    return total, bool(found & CE_OUTSIDE), not found & CE_SUM_NOT_ONE, missing == 0
+
+
+def number_strings(cnp.ndarray strings, cnp.ndarray number, cnp.ndarray first, cnp.ndarray slots):
+    """Write to `number` (n,) which string of `first` each is; returns how many there are, -1 for too many.
+
+    strings: (n,) of dtype U. slots: zeros, int32, a power of two of them; first: int64, half as many.
+    """
+    cdef const char *data = <const char *>cnp.PyArray_DATA(strings)
+    cdef int64_t n = cnp.PyArray_DIM(strings, 0), stride = cnp.PyArray_STRIDE(strings, 0)
+    cdef int64_t width = cnp.PyArray_ITEMSIZE(strings), n_slots = cnp.PyArray_DIM(slots, 0), found
+    cdef int32_t *places = <int32_t *>cnp.PyArray_DATA(slots)
+    cdef int32_t *numbers = <int32_t *>cnp.PyArray_DATA(number)
+    cdef int64_t *firsts = <int64_t *>cnp.PyArray_DATA(first)
+    with nogil:
+        found = ce_number_strings(data, stride, width, n, places, n_slots, numbers, firsts)
+    return found

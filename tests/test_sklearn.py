@@ -37,12 +37,15 @@ from sklearn.preprocessing import StandardScaler  # noqa: E402
 from sklearn.tree import DecisionTreeClassifier  # noqa: E402
 
 import ce_fast.adapters.sklearn as adapter  # noqa: E402
+from ce_fast import backends, threads  # noqa: E402
 from ce_fast.adapters.sklearn import (  # noqa: E402
     cross_entropy_from_logits,
     log_loss,
     make_cross_entropy_scorer,
     neg_cross_entropy_scorer,
 )
+from ce_fast.plan import BLOCK_LOGITS  # noqa: E402
+from tolerances import assert_loss_close  # noqa: E402
 
 pd = pytest.importorskip("pandas")
 
@@ -256,7 +259,7 @@ def test_weights_of_any_kind_give_scikit_learns_value(dtype, weights):
 
 @pytest.mark.parametrize("n_classes", [2, 3, 10, 1000, 70000])  # 70000: a row is longer than a block
 def test_block_edges_do_not_change_the_value(n_classes, no_host):
-    for n_rows in {1, 2, adapter.BLOCK // n_classes, adapter.BLOCK // n_classes + 1} - {0}:
+    for n_rows in {1, 2, BLOCK_LOGITS // n_classes, BLOCK_LOGITS // n_classes + 1} - {0}:
         rng = np.random.default_rng(n_rows)
         p = rng.random((n_rows, n_classes)) + 0.01
         p /= p.sum(axis=1, keepdims=True)
@@ -870,6 +873,184 @@ def test_arguments_are_left_as_they_were():
             scorer(Fixed([0, 1], answer).fit(p), p, y, w)
         for a, b in zip((y, answer, w), before, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+# the pass over probabilities
+
+DTYPES = [np.float64, np.float32, np.float16]
+LAYOUTS = {
+    "C": np.ascontiguousarray,
+    "Fortran": np.asfortranarray,
+    "reversed": lambda p: np.ascontiguousarray(p[::-1, ::-1])[::-1, ::-1],
+    "sliced": lambda p: np.repeat(p, 3, axis=1)[:, ::3],
+}
+
+
+def many(n_rows, n_classes, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    p = rng.dirichlet(np.full(n_classes, 0.7), n_rows).astype(dtype)
+    return rng.permutation(n_rows) % n_classes, p, rng.random(n_rows) + 0.05
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(20_001, 2), (20_001, 3), (5_003, 10), (1_003, 33), (1_101, 1100)])
+def test_many_rows_agree_with_scikit_learn(variant, shape, dtype, layout, no_host):
+    y, p, w = many(*shape, dtype)
+    rel = 1e-14 if dtype == np.float64 else 0  # these logarithms and sums are left to NumPy
+    given = LAYOUTS[layout](p)
+    kinds = [y, y - 5, y.astype(np.uint16), np.repeat(y, 2)[::2], *([y > 0] if shape[1] == 2 else [])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sums of many rounded probabilities
+        for options in ({}, {"sample_weight": w}, {"normalize": False}):
+            expected = host_log_loss(y, p, **options)
+            for labels in kinds:
+                assert log_loss(labels, given, **options) == pytest.approx(expected, rel=rel)
+        if shape[1] == 2:
+            assert log_loss(y, given[:, 1]) == pytest.approx(host_log_loss(y, p[:, 1]), rel=rel)
+
+
+def test_a_loss_is_the_logarithm_to_full_precision(variant):
+    rng = np.random.default_rng(0)
+    p = np.r_[2.0 ** -(52 * rng.random(500)), 1 - 2.0 ** -(52 * rng.random(500)), rng.uniform(0.70, 0.72, 200), 0.5]
+    got = [log_loss([0], np.array([[v, 1 - v]]), labels=[0, 1]) for v in p]
+    kept = p.clip(2.0**-52, 1 - 2.0**-52)
+    assert_loss_close(np.array(got), -np.log(kept.astype(np.longdouble)), "float64")
+
+
+@pytest.mark.parametrize("layout", ["C", "Fortran"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_classes", [2, 10, 33, 1100])
+def test_what_is_no_probability_is_found_wherever_it_stands(variant, n_classes, dtype, layout):
+    n_rows = 300 if n_classes < 33 else 7
+    model = Fixed(np.arange(n_classes)).fit(None)
+    y = np.arange(n_rows) % n_classes
+    p = LAYOUTS[layout](np.eye(n_classes, dtype=dtype)[y])
+    assert neg_cross_entropy_scorer(model, p, y) > -0.01
+    above, below = np.nextafter(dtype(1), dtype(2)), -np.finfo(dtype).smallest_subnormal
+    for row in (0, 1, n_rows // 2 + 1, n_rows - 2, n_rows - 1):
+        for column in {0, n_classes // 2, n_classes - 1}:
+            right = p[row, column]
+            for spoil in (np.nan, np.inf, -np.inf, above, below):
+                p[row, column] = spoil
+                with pytest.raises(ValueError, match="expected 0 <= y_proba <= 1"):
+                    neg_cross_entropy_scorer(model, p, y)
+            p[row, column] = right
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_no_probability_is_found_in_a_single_column(variant, dtype):
+    y = np.arange(1500) % 2
+    p = y.astype(dtype)
+    assert neg_cross_entropy_scorer(Fixed([0, 1]).fit(None), p, y) > -0.01
+    for row in (0, 1, 1023, 1024, 1499):
+        for spoil in (np.nan, np.inf, -np.inf, np.nextafter(dtype(1), dtype(2)), -np.finfo(dtype).smallest_subnormal):
+            p[row] = spoil
+            with pytest.raises(ValueError, match="expected 0 <= y_proba <= 1"):
+                neg_cross_entropy_scorer(Fixed([0, 1]).fit(None), p, y)
+        p[row] = y[row]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_classes", [2, 10, 33, 1100])
+def test_a_row_that_does_not_sum_to_one_is_found_wherever_it_stands(variant, n_classes, dtype, layout):
+    n_rows = 300 if n_classes < 33 else 7
+    y = np.arange(n_rows) % n_classes
+    p = LAYOUTS[layout](np.eye(n_classes, dtype=dtype)[y])
+    labels = np.arange(n_classes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log_loss(y, p, labels=labels)
+    for row in (0, 1, n_rows // 2 + 1, n_rows - 2, n_rows - 1):
+        for column in {0, n_classes - 1}:
+            right = p[row, column]
+            p[row, column] = 0.5  # the sum is 0.5 or 1.5
+            with pytest.warns(UserWarning, match="do not sum to one"):
+                log_loss(y, p, labels=labels)
+            p[row, column] = right
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(50_000, 3), (3_001, 40), (7, 20_000)])
+def test_log_loss_has_the_same_bits_for_any_number_of_threads(variant, shape, dtype, monkeypatch):
+    y, p, w = many(*shape, dtype)
+    labels = np.arange(shape[1])
+    assert p.size > threads.SERIAL_LOGITS
+    results = []
+    for n_threads in (1, 2, 3, 7):
+        monkeypatch.setattr(threads, "resolve", lambda *args, n_threads=n_threads: n_threads)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results.append([log_loss(y, p, labels=labels, sample_weight=weights) for weights in (None, w)])
+    assert all(result == results[0] for result in results)
+
+
+@pytest.mark.parametrize("kind", ["?", "i1", "u1", "i2", "u2", "i4", "u4", "i8"])
+def test_the_ends_of_labels_are_found_wherever_they_stand(variant, kind):
+    ends = (0, 1) if kind == "?" else (np.iinfo(kind).min, np.iinfo(kind).max)
+    backend = backends.active()
+    for n in (1, 2, 7, 63, 4099):
+        for low_at, high_at in itertools.product({0, 1 % n, n // 2, n - 1}, repeat=2):
+            middle = np.zeros(2 * n, kind) if kind == "?" else np.full(2 * n, sum(ends) // 2, kind)
+            labels = middle[::2]
+            labels[low_at] = ends[0]
+            labels[high_at] = ends[1]
+            for view, n_threads in itertools.product((labels, labels.copy(), labels[::-1]), {1, min(3, n)}):
+                assert backend.label_range(view, n_threads) == (int(labels.min()), int(labels.max()))
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [-(2**63), -(2**63) + 1, -(2**63) + 2],
+        [2**63 - 3, 2**63 - 2, 2**63 - 1],
+        [-(2**63), 0, 2**63 - 1],
+        [-(2**62), -5, 7],
+        [-1, 0, 5],
+        [0, 2, 40_000],
+    ],
+)
+def test_labels_of_any_distance_are_those_of_scikit_learn(variant, labels, no_host):
+    y, p, w = many(30_000, 3, np.float64)
+    known = np.array(labels)
+    expected = host_log_loss(y, p, sample_weight=w)
+    for options in ({}, {"labels": known}):
+        assert log_loss(known[y], p, sample_weight=w, **options) == pytest.approx(expected, rel=1e-14)
+    for order in itertools.permutations(range(3)):
+        order = list(order)
+        model = Fixed(known[order]).fit(None)
+        assert neg_cross_entropy_scorer(model, p[:, order], known[y], w) == pytest.approx(-expected, rel=1e-14)
+    strange = known[y]
+    strange[-1] = 1 if labels[1] == 0 else labels[0] + 1  # between the classes, or the next one of three in a row
+    if strange[-1] not in known:
+        with pytest.raises(ValueError, match=f"y has the label {strange[-1]}; expected one of the estimator's classes"):
+            neg_cross_entropy_scorer(Fixed(known).fit(None), p, strange, w)
+
+
+@needs_1_9
+@pytest.mark.parametrize("low", [0, 2**63 - 2, 2**63 - 1, 2**63, 2**64 - 3])
+def test_unsigned_labels_beyond_int64_give_scikit_learns_outcome(low):
+    y, p, w = sample(0, 50, 3)
+    assert_same_outcome(y.astype(np.uint64) + np.uint64(low), p, sample_weight=w)
+
+
+@needs_1_9
+def test_a_label_that_does_not_occur_gives_scikit_learns_error():
+    y, p, _ = many(40_000, 3, np.float64)
+    assert_same_outcome(np.where(y == 1, 2, y), p)
+    assert_same_outcome(2 * (y // 2), p[:, :1] / 2)
+
+
+@pytest.mark.parametrize("n_distinct", [1, 2, 300, 32_768, 32_769, 40_000])
+def test_strings_are_numbered_by_their_value(variant, n_distinct):
+    rng = np.random.default_rng(0)
+    names = np.array([f"{'é' * (k % 3)}{k}" for k in range(n_distinct)])
+    labels = names[rng.permutation(np.r_[np.arange(n_distinct), rng.integers(0, n_distinct, 2000)])]
+    for view in (labels, labels[::-2], labels.astype(labels.dtype.newbyteorder(">")), labels.astype(object)):
+        read = adapter._read_labels(view, "y")
+        assert len(set(read.names)) == len(read.names)
+        assert np.array(read.names)[read.number].tolist() == view.tolist()
 
 
 # the module

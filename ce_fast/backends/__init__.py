@@ -7,6 +7,12 @@ A backend is a module with
     empty_like(array, dtype) -> ndarray                             for a gradient
     run(job, plan) -> (loss_sum, bad, counted, weight_sum)          bad rows are not read
     run_elements(job, plan) -> (float, bool)                        the sum of the losses; whether a target is bad
+    label_range(labels, n_threads) -> (int, int)                    the least and the greatest
+    number_strings(strings) -> (first, number) or None              distinct ones by first appearance, and which of them
+                                                                    each is; None: too many for this way
+    run_probabilities(job, plan) -> (float, bool, bool, bool)       the sum of the losses; whether a probability is not
+                                                                    in [0, 1], every row's sum is 1, every column is
+                                                                    that of some label
     config() -> dict                                                for `ce_fast.show_config`
 """
 
@@ -102,6 +108,22 @@ class ElementJob:
     scale: float = 1.0
     hess_scale: float = 1.0
     floor: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ProbabilityJob:
+    """One pass over probabilities p, aligned, of the dtypes of scikit-learn: float64, float32, float16.
+
+    picked_i = clip(p[i, labels_i - low], eps, 1 - eps), or the sum of -weight_i log of them
+    """
+
+    proba: np.ndarray  # IN (n_rows, n_classes), or (n_rows,): of label low + 1, and 1 - p of label low
+    labels: np.ndarray  # IN (n_rows,) of bools or any integers but uint64; labels - low are columns
+    low: int
+    eps: float
+    tolerance: float  # of a row's sum from 1
+    weight: np.ndarray | None = None  # IN (n_rows,) contiguous float64
+    picked: np.ndarray | None = None  # OUT (n_rows,) contiguous, of the dtype of proba; in place of the sum
 
 
 def _missing(name: str) -> str | None:

@@ -4,8 +4,10 @@ import os
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import numpy as np
+
 from ce_fast import _kernels
-from ce_fast.backends import ElementJob, Job
+from ce_fast.backends import ElementJob, Job, ProbabilityJob
 from ce_fast.plan import Plan
 
 ISAS: tuple[str, ...] = _kernels.ISAS
@@ -40,6 +42,21 @@ def run(job: Job, plan: Plan) -> tuple[float, int, int, float]:
 
 def run_elements(job: ElementJob, plan: Plan) -> tuple[float, bool]:
     return _kernels.run_elements(_isa.get(), plan, job)
+
+
+def label_range(labels: np.ndarray, n_threads: int) -> tuple[int, int]:
+    return _kernels.label_range(_isa.get(), labels, n_threads)
+
+
+def number_strings(strings: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    n_slots = 1 << min(16, (2 * len(strings)).bit_length())
+    first, number = np.empty(n_slots // 2, np.int64), np.empty(len(strings), np.int32)
+    found = _kernels.number_strings(strings, number, first, np.zeros(n_slots, np.int32))
+    return None if found < 0 else (first[:found], number)
+
+
+def run_probabilities(job: ProbabilityJob, plan: Plan) -> tuple[float, bool, bool, bool]:
+    return _kernels.run_probabilities(_isa.get(), plan, job)
 
 
 def config() -> dict:

@@ -14,7 +14,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from ce_fast.backends import RULES, ElementJob, Job, Rows
+from ce_fast.backends import RULES, ElementJob, Job, ProbabilityJob, Rows
 from ce_fast.plan import Plan
 
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -579,3 +579,48 @@ def _run_elements_block(job: ElementJob, plan: Plan, first: int) -> tuple[float,
 def run_elements(job: ElementJob, plan: Plan) -> tuple[float, bool]:
     found = _each_block(plan, lambda first: _run_elements_block(job, plan, first))
     return _sum_in_order(np.array([total for total, _ in found])), any(bad for _, bad in found)
+
+
+def label_range(labels: np.ndarray, n_threads: int) -> tuple[int, int]:
+    return int(labels.min()), int(labels.max())
+
+
+def number_strings(strings: np.ndarray) -> None:
+    return None  # the dict of the caller is as fast as NumPy's sort
+
+
+def _outside(proba: np.ndarray) -> bool:
+    """Whether a value is not in [0, 1], in one pass: as unsigned integers, NaN and all negative numbers are above 1."""
+    bits = np.dtype(f"u{proba.itemsize}")
+    if proba.view(bits).max() <= np.ones((), proba.dtype).view(bits):
+        return False
+    return not (proba.min() >= 0 and proba.max() <= 1)  # -0.0 is right
+
+
+def _run_probabilities_block(job: ProbabilityJob, plan: Plan, seen: np.ndarray, first: int) -> tuple[float, bool, bool]:
+    rows = slice(first, first + plan.block_rows)
+    proba, columns = np.ascontiguousarray(job.proba[rows]), np.subtract(job.labels[rows], job.low, dtype=np.int64)
+    outside, sums_to_one = _outside(proba), True
+    seen[columns] = True
+    if proba.ndim == 1:
+        picked = np.where(columns == 1, proba, 1 - proba)
+    else:
+        ones = np.ones(proba.shape[1], np.result_type(proba.dtype, np.float32))
+        sums = proba.astype(ones.dtype, copy=False) @ ones  # a quarter of the time of sum(axis=1)
+        sums_to_one = bool((abs(sums - 1) <= job.tolerance).all())
+        picked = np.take_along_axis(proba, columns[:, np.newaxis], 1)[:, 0]
+    eps = proba.dtype.type(job.eps)
+    picked = np.clip(picked, eps, 1 - eps)
+    if job.picked is not None:
+        job.picked[rows] = picked
+        return 0.0, outside, sums_to_one
+    loss = -np.log(picked)
+    return float((loss if job.weight is None else loss * job.weight[rows]).sum()), outside, sums_to_one
+
+
+def run_probabilities(job: ProbabilityJob, plan: Plan) -> tuple[float, bool, bool, bool]:
+    """In NumPy, block by block: its logarithm is vectorized."""
+    seen = np.zeros(2 if job.proba.ndim == 1 else job.proba.shape[1], bool)
+    found = _each_block(plan, lambda first: _run_probabilities_block(job, plan, seen, first))
+    sums, outside, sums_to_one = zip(*found, strict=True)
+    return _sum_in_order(np.array(sums)), any(outside), all(sums_to_one), bool(seen.all())

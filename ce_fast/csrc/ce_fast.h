@@ -84,6 +84,26 @@ typedef struct { /* elements: every array has the shape (outer..., n_last), zero
     double scale, hess_scale, floor;
 } ce_element_job;
 
+typedef struct { /* integers or bools (as CE_UINT8) */
+    const char *data;
+    ce_dtype dtype;
+    int64_t stride; /* bytes */
+} ce_labels;
+
+enum { CE_OUTSIDE = 1, CE_SUM_NOT_ONE = 2 }; /* what may be wrong with probabilities: not in [0, 1] (or NaN) */
+
+typedef struct {
+    int64_t n_classes; /* columns; 0: one probability a row, that of the second of two labels */
+    const char *data;  /* in, probabilities */
+    ce_dtype dtype;
+    int64_t row_stride, class_stride; /* bytes */
+    ce_labels labels;                 /* in (n_rows) */
+    int64_t low;                      /* the label of the first column; the next columns have the next numbers */
+    double eps, tolerance;            /* probabilities are clipped to [eps, 1 - eps]; of a row's sum from 1 */
+    const double *weight;             /* in (n_rows), or NULL: ones */
+    char *picked; /* out (n_rows) of dtype: the probabilities clipped, or NULL: the sum of -log of them is wanted */
+} ce_probability_job;
+
 typedef struct { /* the reference that a stored exponential was taken against: base + n ln 2 */
     double base;
     int64_t n;
@@ -104,11 +124,19 @@ typedef size_t (*ce_scratch_fn)(const ce_job *job);
 /* Elements [first, last) in C order; *bad becomes 1 if a target that counts lies outside [0, 1]. */
 typedef double (*ce_elements_fn)(const ce_element_job *job, int64_t first, int64_t last, int *bad);
 
+/* Rows [first, last); loss: scratch of as many. seen[k] becomes 1 for the columns k that some label has, *flags what is
+   wrong. Returns the weighted sum of the losses, 0 where probabilities are picked. */
+typedef double (*ce_probabilities_fn)(const ce_probability_job *job, int64_t first, int64_t last, double *loss,
+                                      char *seen, int *flags);
+typedef void (*ce_label_range_fn)(const ce_labels *labels, int64_t first, int64_t last, int64_t *least, int64_t *most);
+
 typedef struct {
     const char *name;
     ce_rows_fn rows_float64, rows_float32; /* by compute dtype */
     ce_scratch_fn scratch_float64, scratch_float32;
     ce_elements_fn elements_float64, elements_float32;
+    ce_probabilities_fn probabilities_float64, probabilities_float32;
+    ce_label_range_fn label_range;
 } ce_table;
 
 /* dispatch.c */
@@ -127,6 +155,8 @@ ce_temperature ce_make_temperature(double value);
 double ce_sum_in_order(const double *values, int64_t n);
 ce_tally ce_add_up(const ce_tally *blocks, int64_t n);
 void ce_read_targets(const void *target, ce_dtype type, int64_t first, int64_t n, int64_t *out);
+int64_t ce_number_strings(const char *data, int64_t stride, int64_t width, int64_t n, int32_t *slots, int64_t n_slots,
+                          int32_t *number, int64_t *first);
 int64_t ce_target_at(const void *target, ce_dtype type, int64_t i);
 ce_tally ce_scan_targets(const ce_job *job);
 

@@ -13,6 +13,7 @@
 #include "rows_tpl.h"
 #include "ways_tpl.h"
 #include "elements_tpl.h"
+#include "probabilities_tpl.h"
 #undef REAL
 #undef REAL_IS_FLOAT
 #undef REAL_DTYPE
@@ -31,10 +32,21 @@
 #include "rows_tpl.h"
 #include "ways_tpl.h"
 #include "elements_tpl.h"
+#include "probabilities_tpl.h"
 
 #define CE_TEXT_(x) #x
 #define CE_TEXT(x) CE_TEXT_(x)
 #define CE_TABLE_(isa) ce_table_##isa
 #define CE_TABLE(isa) CE_TABLE_(isa)
-const ce_table CE_TABLE(CE_ISA) = {CE_TEXT(CE_ISA), ce_rows_float64, ce_rows_float32, ce_scratch_float64,
-                                       ce_scratch_float32, ce_elements_float64, ce_elements_float32};
+const ce_table CE_TABLE(CE_ISA) = {
+    .name = CE_TEXT(CE_ISA),
+    .rows_float64 = ce_rows_float64,
+    .rows_float32 = ce_rows_float32,
+    .scratch_float64 = ce_scratch_float64,
+    .scratch_float32 = ce_scratch_float32,
+    .elements_float64 = ce_elements_float64,
+    .elements_float32 = ce_elements_float32,
+    .probabilities_float64 = ce_probabilities_float64,
+    .probabilities_float32 = ce_probabilities_float32,
+    .label_range = ce_label_range,
+};

@@ -34,6 +34,42 @@ int64_t ce_target_at(const void *target, ce_dtype type, int64_t i)
     }
 }
 
+/* Numbers n strings, each `width` bytes, in the order of their first appearance, and says at first[k] where number k
+   came first. slots: a hash table of n_slots zeros, a power of two. Returns how many numbers there are, or -1 when they
+   fill half of the slots, and that is what `first` has room for. */
+int64_t ce_number_strings(const char *data, int64_t stride, int64_t width, int64_t n, int32_t *slots, int64_t n_slots,
+                          int32_t *number, int64_t *first)
+{
+    int64_t found = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const char *at = data + i * stride;
+        uint64_t hash = 0, word;
+        int64_t k = 0;
+        for (; k + 8 <= width; k += 8) {
+            memcpy(&word, at + k, 8);
+            hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
+            hash ^= hash >> 32;
+        }
+        if (k < width) { /* a string is of whole words of 4 bytes */
+            uint32_t rest;
+            memcpy(&rest, at + k, 4);
+            hash = (hash ^ rest) * 0x9e3779b97f4a7c15u;
+            hash ^= hash >> 32;
+        }
+        int64_t slot = (int64_t)hash & (n_slots - 1);
+        while (slots[slot] && memcmp(data + first[slots[slot] - 1] * stride, at, (size_t)width) != 0)
+            slot = (slot + 1) & (n_slots - 1);
+        if (!slots[slot]) {
+            if (2 * found == n_slots)
+                return -1;
+            first[found++] = i;
+            slots[slot] = (int32_t)found;
+        }
+        number[i] = slots[slot] - 1;
+    }
+    return found;
+}
+
 double ce_sum_in_order(const double *values, int64_t n)
 {
     ce_sum sum = {0, 0};
