@@ -268,8 +268,9 @@ def _element_job(loss: "_BinaryLoss", given: np.ndarray, target, sample_weight, 
     )
     if job.logits.dtype != np.float64 and not loss.wide:
         for name in ("weight", "pos_weight", "sample_weight"):
-            inputs.check_float32(getattr(job, name), name)
-    if loss.check_target and ask.out is not None:  # before it may overwrite the logits
+            weight = getattr(job, name)
+            inputs.check_float32(None if weight is None else _once(weight), name)
+    if loss.check_target and ask.out is not None and np.may_share_memory(ask.out, given):  # before logits are lost
         inputs.check_unit_interval("target", job.target, job.sample_weight)
     if loss.rule == "binary_probability":
         inputs.check_unit_interval(loss.input_name, job.logits, job.sample_weight)
@@ -300,7 +301,13 @@ def _element_divisor(how: str, job: ElementJob) -> float:
         return 1.0
     if job.sample_weight is None:
         return float(job.logits.size)
-    return float(job.sample_weight.sum(dtype=np.float64))
+    given = _once(job.sample_weight)
+    return float(given.sum(dtype=np.float64)) * (job.logits.size // given.size if given.size else 0)
+
+
+def _once(array: np.ndarray) -> np.ndarray:
+    """A broadcast array without its repetitions, of as many axes."""
+    return array[tuple(slice(1) if stride == 0 else slice(None) for stride in array.strides)]
 
 
 def picked_loss(loss: "NLLLoss", log_probs, target, sample_weight, ask: Ask = VALUE):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import ce_fast as ce
 import reference_elements as reference
-from conftest import DTYPES
+from conftest import DTYPES, VARIANTS, use
 from test_inputs import LAYOUTS
 from tolerances import TOLERANCES, assert_grad_close, assert_loss_close
 
@@ -420,6 +420,104 @@ def test_hessian_of_probabilities_is_refused():
         ce.BCELoss().grad_and_hess(np.full(3, 0.5), np.ones(3))
 
 
+# one formula, whatever the way to the operands
+
+
+def assert_same_bits(loss, other, x, y, *, sample_weight=(None, None), upstream=(None, None)):
+    for one, two in zip(
+        loss.value_and_grad(x, y, sample_weight[0], upstream=upstream[0]),
+        other.value_and_grad(x, y, sample_weight[1], upstream=upstream[1]),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(np.asarray(one, float), np.asarray(two, float))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_one_change_no_bit(variant, dtype, kind, rng):
+    x, y = inputs(kind, rng, (3, 700), dtype, spread=20.0)
+    ones, plain = np.ones(x.shape), kind(reduction="none")
+    assert_same_bits(plain, plain, x, y, sample_weight=(None, ones), upstream=(None, ones))
+    for reduction in ("mean", "sum"):
+        assert kind(reduction=reduction)(x, y, ones) == kind(reduction=reduction)(x, y)
+    if kind is not ce.SigmoidFocalLoss:
+        assert_same_bits(plain, kind(1.0, "none", 1.0), x, y)
+        assert_same_bits(plain, kind(ones, "none", ones[0]), x, y)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1300, 1), (700, 2), (90, 3), (60, 20), (3, 511), (3, 512), (3, 513), (5, 7, 30)], ids=str
+)
+def test_weights_that_repeat_give_the_bits_of_those_written_out(variant, shape, rng):
+    x, y = inputs(ce.BCEWithLogitsLoss, rng, shape, np.float32)
+    for wide in ((), shape[-1:], shape[1:], shape[:1] + (1,) * (len(shape) - 1), (*shape[:-1], 1)):
+        w = positive(rng, wide, np.float32)
+        full = np.broadcast_to(w, shape).copy()
+        assert_same_bits(ce.BCEWithLogitsLoss(w, "none", w), ce.BCEWithLogitsLoss(full, "none", full), x, y)
+        rows = full.reshape(shape[0], -1)[:, 0].copy()
+        spread = np.broadcast_to(rows.reshape((-1,) + (1,) * (len(shape) - 1)), shape).copy()
+        loss = ce.BCEWithLogitsLoss(reduction="none")
+        assert_same_bits(loss, loss, x, y, sample_weight=(rows, spread))
+
+
+@pytest.mark.parametrize("name", ["float64", "float32"])
+@pytest.mark.parametrize("compiled", [variant for variant in VARIANTS if variant != "numba"])
+def test_compiled_gradients_under_the_smallest_normal_number_are_zero(compiled, name, rng):
+    """And so are losses: arithmetic on subnormals is 20 to 700 times slower."""
+    with use(compiled):
+        check_flushed(name, rng)
+
+
+def check_flushed(name, rng):
+    tiny = np.finfo(name).tiny
+    x = (rng.standard_normal((4, 3000)) * (200 if name == "float32" else 1500)).astype(name)
+    y = (rng.random(x.shape) < 0.5).astype(name)
+    for kind in LOGIT_KINDS:
+        for sample_weight in (None, positive(rng, x.shape, x.dtype) * 1e-6):
+            loss = kind.values[0]
+            _, grad = loss().value_and_grad(x, y, sample_weight)
+            rows = loss(reduction="none")(x, y, sample_weight)
+            for array in (grad, rows):
+                size = np.abs(array)
+                assert not ((size > 0) & (size < tiny)).any()
+                assert (size > 0).any() and (size == 0).any()
+        check(loss, x, y)
+
+
+@pytest.mark.parametrize("name", ["float64", "float32"])
+def test_logarithms_of_probabilities_keep_their_digits(variant, name):
+    """Beside 0 and 1, and down to the subnormal numbers."""
+    info = np.finfo(name)
+    ends = np.array([info.smallest_subnormal, info.tiny / 3, info.tiny, 1e-30, info.eps / 4, info.eps], name)
+    near = 1 - np.arange(1, 40, dtype=name) * info.epsneg
+    dense = np.concatenate([2.0 ** -np.linspace(0.01, 30, 3000), np.linspace(0.001, 0.999, 3001)]).astype(name)
+    x = np.concatenate([ends, near, dense, 1 - dense[dense < 0.5]])
+    for y in (0.0, 0.3, 1.0):
+        loss = ce.BCELoss(reduction="none")(x, np.full_like(x, y))
+        expected = reference.binary_cross_entropy(x, np.full_like(x, y), reduction="none")
+        assert_loss_close(loss, expected.rows, x.dtype)
+    check(ce.BCELoss, dense, (dense * 0 + 1), reduction="none")
+    check(ce.BCELoss, dense, dense * 0, reduction="none")
+
+
+def test_dense_logits_are_right_to_the_stated_ulp(variant, dtype):
+    z = np.linspace(-20, 20, 20001).astype(dtype)
+    for y in (0.0, 0.25, 1.0):
+        check(ce.BCEWithLogitsLoss, z, np.full_like(z, y), reduction="none")
+        for gamma in (2.0, 1.7):
+            check(ce.SigmoidFocalLoss, z, np.full_like(z, y), gamma=gamma, reduction="none")
+
+
+def test_square_of_the_focal_factor_is_its_power(variant, rng):
+    """gamma = 2 has no logarithm, the gamma beside it has."""
+    x, y = inputs(ce.SigmoidFocalLoss, rng, (5000,), np.float64, spread=30.0)
+    for target in (y, (y > 0.5).astype(float)):
+        two, beside = (
+            ce.SigmoidFocalLoss(0.25, g, "none").value_and_grad(x, target) for g in (2.0, np.nextafter(2, 3))
+        )
+        np.testing.assert_allclose(two[0], beside[0], rtol=1e-13, atol=1e-300)
+        np.testing.assert_allclose(two[1], beside[1], rtol=1e-12, atol=1e-15)
+
+
 # errors
 
 X, Y = np.zeros((4, 3)), np.zeros((4, 3))
@@ -461,6 +559,13 @@ def test_bad_target_of_elements_leaves_logits_alone(backend):
     z = np.zeros(5000)
     with pytest.raises(ValueError, match=r"target\[4999\] is 2"):
         ce.BCEWithLogitsLoss().value_and_grad(z, spoiled(z, 4999, 2.0), out=z)
+    assert (z == 0).all()
+
+
+def test_bad_target_is_named_with_its_gradient_elsewhere(backend):
+    z = np.zeros(5000)
+    with pytest.raises(ValueError, match=r"target\[4999\] is -1e-320"):
+        ce.BCEWithLogitsLoss().value_and_grad(z, spoiled(z, 4999, -1e-320), out=np.empty(5000))
     assert (z == 0).all()
 
 

@@ -7,6 +7,7 @@
 #define REAL_IS_FLOAT 0
 #define REAL_DTYPE CE_FLOAT64
 #define REAL_MIN DBL_MIN
+#define REAL_MAX DBL_MAX
 #define UINT uint64_t
 #define SINT int64_t
 #define NAME(name) ce_##name##_float64
@@ -18,6 +19,7 @@
 #undef REAL_IS_FLOAT
 #undef REAL_DTYPE
 #undef REAL_MIN
+#undef REAL_MAX
 #undef UINT
 #undef SINT
 #undef NAME
@@ -26,6 +28,7 @@
 #define REAL_IS_FLOAT 1
 #define REAL_DTYPE CE_FLOAT32
 #define REAL_MIN FLT_MIN
+#define REAL_MAX FLT_MAX
 #define UINT uint32_t
 #define SINT int32_t
 #define NAME(name) ce_##name##_float32

@@ -218,7 +218,7 @@ static int NAME(pair_stats)(NAME(lanes) *l)
         REAL d = other - own, back = d - other, low = (other - (d - back)) - (own + back);
         REAL e = NAME(exp)(d < 0 ? d : -d, args);
         e += e * (d < 0 ? low : -low);
-        REAL nll = (d < 0 ? 0 : d) + (NAME(log1p)(e) + (d < 0 ? 0 : low)), most = 1 / (1 + e);
+        REAL nll = (d < 0 ? 0 : d) + (NAME(log1p_unit)(e) + (d < 0 ? 0 : low)), most = 1 / (1 + e);
         odd |= !(d < CE_BASE_LIMIT) | !(d > -CE_BASE_LIMIT);
         l->x_t[p] = nll;
         l->ref[p] = d < 0 ? e * most : most;

@@ -116,7 +116,7 @@ CE_INLINE REAL NAME(exp)(REAL x, NAME(exp_args) a)
     p = p * r + (REAL)1;
     UINT bits;
     memcpy(&bits, &t, sizeof bits);
-    bits = (bits + a.shift) << MANTISSA;
+    bits = d < a.cutoff ? 0 : (bits + a.shift) << MANTISSA; /* nor is it subnormal before it is thrown away */
     REAL power;
     memcpy(&power, &bits, sizeof power);
     return d < a.cutoff ? (REAL)0 : p * power; /* NaN passes, -inf gives 0 */
@@ -146,37 +146,14 @@ CE_INLINE REAL NAME(round)(REAL v)
 #define ATANH_TERMS 17
 #endif
 
-CE_INLINE REAL NAME(atanh_series)(REAL s, int terms)
+CE_INLINE REAL NAME(twice_atanh)(REAL s)
 {
     REAL v = s * s, sum = 0;
 #pragma GCC unroll 17
-    for (int i = terms; i > 0; i--)
+    for (int i = ATANH_TERMS; i > 0; i--)
         sum = (sum + (REAL)1 / (REAL)(2 * i + 1)) * v;
     return 2 * (s + s * sum);
 }
-
-CE_INLINE REAL NAME(twice_atanh)(REAL s)
-{
-    return NAME(atanh_series)(s, ATANH_TERMS);
-}
-
-#if !REAL_IS_FLOAT
-/* log v = k ln 2 + 2 atanh((f - 1) / (f + 1)) of a normal v = 2^k f, sqrt(1/2) <= f < sqrt(2); within 1.5 ulp or 2^-54 */
-CE_INLINE double NAME(log)(double v)
-{
-    const uint64_t root = 0x3fe6a09e667f3bcd, two52 = 0x4330000000000000;
-    uint64_t bits, above, exponent, mantissa;
-    double k, f;
-    memcpy(&bits, &v, sizeof bits);
-    above = bits + (0x3ff0000000000000 - root);
-    exponent = (above >> 52) | two52;
-    mantissa = (above & 0xfffffffffffff) + root;
-    memcpy(&k, &exponent, sizeof k);
-    memcpy(&f, &mantissa, sizeof f);
-    k -= 0x1p52 + 1023;
-    return k * 0x1.62e42feep-1 + (NAME(atanh_series)((f - 1) / (f + 1), 10) + k * 0x1.a39ef35793c76p-33);
-}
-#endif
 
 /* exp(x) - 1 for -0.5 <= x <= 0, by its series */
 CE_INLINE REAL NAME(expm1)(REAL x)
@@ -215,6 +192,126 @@ CE_INLINE REAL NAME(exp2)(REAL n)
     return power;
 }
 
+/* log(1 + e) for 0 <= e <= 1, of full relative accuracy, without a division: minimax, 2^-24.0 and 2^-53.7 */
+CE_INLINE REAL NAME(log1p_unit)(REAL e)
+{
+#if REAL_IS_FLOAT
+    REAL q = 0x1.5f968ap-8f;
+    q = q * e - 0x1.ec98c8p-6f;
+    q = q * e + 0x1.446bdap-4f;
+    q = q * e - 0x1.19ad7cp-3f;
+    q = q * e + 0x1.88444ap-3f;
+    q = q * e - 0x1.fd131ep-3f;
+    q = q * e + 0x1.5535d8p-2f;
+    q = q * e - 0x1.ffff14p-2f;
+#else
+    REAL q = 0x1.a8f73377f2695p-16;
+    q = q * e - 0x1.31ef0113eaf0ap-12;
+    q = q * e + 0x1.a2504c90fe75dp-10;
+    q = q * e - 0x1.6b45dfaeba522p-8;
+    q = q * e + 0x1.c5766e72968a9p-7;
+    q = q * e - 0x1.b62c3d3d17f5bp-6;
+    q = q * e + 0x1.5a85b55402e6dp-5;
+    q = q * e - 0x1.d70e613421d53p-5;
+    q = q * e + 0x1.202cf73b1d685p-4;
+    q = q * e - 0x1.4b019e63ca003p-4;
+    q = q * e + 0x1.712dc13aa19acp-4;
+    q = q * e - 0x1.98d2860430d99p-4;
+    q = q * e + 0x1.c6f6a42a4215dp-4;
+    q = q * e - 0x1.fffa8b10005b9p-4;
+    q = q * e + 0x1.2491feccba40cp-3;
+    q = q * e - 0x1.55554fbd1f39ap-3;
+    q = q * e + 0x1.99999951e5924p-3;
+    q = q * e - 0x1.fffffffdd3c3ap-3;
+    q = q * e + 0x1.555555555102ap-2;
+    q = q * e - 0x1.fffffffffff9fp-2;
+#endif
+    return e * (q * e + 1); /* e * e would be subnormal */
+}
+
+/* a b + c of two products: told which of them is fused, two loops of one formula give the same bits */
+#if REAL_IS_FLOAT
+static const float ce_ln2_high_float32 = 0x1.62e4p-1f, ce_ln2_low_float32 = 0x1.7f7d1cp-20f; /* 16 bits, the rest */
+CE_INLINE float ce_abs_float32(float v) { return fabsf(v); }
+CE_INLINE float ce_fma_float32(float a, float b, float c) { return CE_HAVE_FMA ? __builtin_fmaf(a, b, c) : a * b + c; }
+#define LARGE 0x1p100f
+#else
+static const double ce_ln2_high_float64 = 0x1.62e42feep-1, ce_ln2_low_float64 = 0x1.a39ef35793c76p-33;
+CE_INLINE double ce_abs_float64(double v) { return fabs(v); }
+CE_INLINE double ce_fma_float64(double a, double b, double c) { return CE_HAVE_FMA ? __builtin_fma(a, b, c) : a * b + c; }
+#define LARGE 0x1p900
+#endif
+
+/* k, and log f, of a normal v = 2^k f, 2^-0.5 <= f < 2^0.5: 2 s + s^3 q(s^2), s = (f - 1) / (f + 1); 2^-30.1, 2^-58.8 */
+CE_INLINE REAL NAME(log_parts)(REAL v, REAL *k)
+{
+    UINT bits, half = (UINT)BIAS << MANTISSA, integer;
+    REAL f, lowest = (REAL)0x1.6a09e667f3bcdp-1, two = (REAL)((UINT)1 << MANTISSA);
+    memcpy(&bits, &lowest, sizeof bits);
+    half -= bits;
+    UINT least = bits;
+    memcpy(&bits, &v, sizeof bits);
+    bits += half;
+    memcpy(&integer, &two, sizeof integer);
+    integer |= bits >> MANTISSA; /* an exponent becomes a floating number without a conversion */
+    memcpy(k, &integer, sizeof integer);
+    *k -= two + (REAL)BIAS;
+    bits = (bits & (((UINT)1 << MANTISSA) - 1)) + least;
+    memcpy(&f, &bits, sizeof f);
+    REAL s = (f - 1) / (f + 1), w = s * s;
+#if REAL_IS_FLOAT
+    REAL q = 0x1.31e466p-2f;
+    q = q * w + 0x1.995eb0p-2f;
+    q = q * w + 0x1.55557ap-1f;
+#else
+    REAL q = 0x1.2f0b12baec2e1p-3;
+    q = q * w + 0x1.39a135bd35654p-3;
+    q = q * w + 0x1.74664398f9cbfp-3;
+    q = q * w + 0x1.c71c51f4e194dp-3;
+    q = q * w + 0x1.2492494207435p-2;
+    q = q * w + 0x1.999999997fc63p-2;
+    q = q * w + 0x1.5555555555593p-1;
+#endif
+    return NAME(fma)(s * w, q, 2 * s);
+}
+
+/* log(v) of v >= 0, within 1.5 ulp or 2^-54; less than -100 where v is 0 */
+CE_INLINE REAL NAME(log)(REAL v)
+{
+    REAL k, small = v < REAL_MIN ? 24 : 0;
+    REAL f = NAME(log_parts)(v < REAL_MIN ? v * (REAL)0x1p24 : v, &k);
+    k -= small;
+    return v == v ? k * NAME(ln2_high) + (k * NAME(ln2_low) + f) : v;
+}
+
+/* log(1 - x) of 0 <= x <= 1, within 2 ulp: what 1 - x rounds is added again; exact from 0.5 on */
+CE_INLINE REAL NAME(log1m)(REAL x)
+{
+    REAL v = 1 - x, lost = (1 - v) - x;
+    return NAME(log)(v) + lost / (v < (REAL)0.5 ? (REAL)0.5 : v);
+}
+
+/* a b, 0 where that would be less than `least`: no such product is made, for it may be subnormal */
+CE_INLINE REAL NAME(times)(REAL a, REAL b, REAL least)
+{
+    REAL size = NAME(abs)(a * (b * LARGE));
+    return a * (size < least * LARGE ? 0 : b);
+}
+
+#if !REAL_IS_FLOAT
+/* a b - product, what the product rounds */
+CE_INLINE double ce_lost(double a, double b, double product)
+{
+#if CE_HAVE_FMA
+    return __builtin_fma(a, b, -product);
+#else
+    double a1 = ce_leading(a, 26), b1 = ce_leading(b, 26), a2 = a - a1, b2 = b - b1;
+    return ((a1 * b1 - product) + (a1 * b2 + a2 * b1)) + a2 * b2;
+#endif
+}
+#endif
+
+#undef LARGE
 #undef ATANH_TERMS
 #undef MAGIC
 #undef MANTISSA
