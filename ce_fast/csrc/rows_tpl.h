@@ -171,27 +171,24 @@ CE_INLINE double NAME(sum_lanes)(double *sum, const int n_lanes)
     return sum[0];
 }
 
-CE_INLINE REAL NAME(lanes_max)(const REAL *x, int64_t n, const int n_lanes)
+static REAL NAME(tile_max)(const REAL *x, int64_t n)
 {
     REAL lanes[CE_LANES];
-    for (int l = 0; l < n_lanes; l++)
+    for (int l = 0; l < CE_LANES; l++)
         lanes[l] = -(REAL)INFINITY;
-    for (int64_t k = 0; k < n; k += n_lanes)
-        for (int l = 0; l < n_lanes; l++)
+    for (int64_t k = 0; k < n; k += CE_LANES)
+        for (int l = 0; l < CE_LANES; l++)
             lanes[l] = x[k + l] > lanes[l] ? x[k + l] : lanes[l]; /* NaN is passed over */
-    for (int half = n_lanes / 2; half > 0; half /= 2)
+    for (int half = CE_LANES / 2; half > 0; half /= 2)
         for (int l = 0; l < half; l++)
             lanes[l] = lanes[l + half] > lanes[l] ? lanes[l + half] : lanes[l];
     return lanes[0];
 }
 
-static REAL NAME(tile_max)(const REAL *x, int64_t n)
-{
-    return NAME(lanes_max)(x, n, CE_LANES);
-}
-
-/* sum_k exp(z_k - m) over n elements, a multiple of n_lanes, and with store != 0 the terms to e, which may be x */
-CE_INLINE double NAME(lanes_exp)(const REAL *x, REAL *e, int store, int64_t n, NAME(exp_args) args, const int n_lanes)
+/* sum_k exp(z_k - m) over n elements, a multiple of n_lanes, and with store != 0 the terms to e, which may be x. Meanwhile
+   what will be read next, at `ahead`, comes into the cache, one byte range of the elements' size after another. */
+CE_INLINE double NAME(lanes_exp)(const REAL *x, REAL *e, int store, int64_t n, NAME(exp_args) args, const char *ahead,
+                                 int64_t size, const int n_lanes)
 {
     double sums[CE_LANES] = {0};
     const int64_t run = CE_RUN / CE_LANES * n_lanes;
@@ -199,6 +196,8 @@ CE_INLINE double NAME(lanes_exp)(const REAL *x, REAL *e, int store, int64_t n, N
         int64_t end = j + run < n ? j + run : n;
         REAL lanes[CE_LANES] = {0};
         for (int64_t k = j; k < end; k += n_lanes) {
+            for (int line = 0; line < n_lanes * (int)sizeof(REAL); line += 64)
+                __builtin_prefetch(ahead + k * size + line);
 #pragma GCC ivdep
             for (int l = 0; l < n_lanes; l++) {
                 REAL v = NAME(exp)(x[k + l], args);
@@ -213,9 +212,10 @@ CE_INLINE double NAME(lanes_exp)(const REAL *x, REAL *e, int store, int64_t n, N
     return NAME(sum_lanes)(sums, n_lanes);
 }
 
-CE_INLINE double NAME(tile_exp)(const REAL *x, REAL *e, int store, int64_t n, NAME(exp_args) args)
+CE_INLINE double NAME(tile_exp)(const REAL *x, REAL *e, int store, int64_t n, NAME(exp_args) args, const char *ahead,
+                                int64_t size)
 {
-    return NAME(lanes_exp)(x, e, store, n, args, CE_LANES);
+    return NAME(lanes_exp)(x, e, store, n, args, ahead, size, CE_LANES);
 }
 
 static void NAME(add_moments)(NAME(sums) *s, const REAL *x, const REAL *mass, int64_t n)
@@ -250,9 +250,11 @@ static NAME(sums) NAME(statistics)(const NAME(row) *row, double x_t)
     if (row->t >= 0 && isfinite(x_t))
         NAME(set_reference)(&s, (REAL)x_t, t);
     s.infinite = row->t >= 0 && x_t > 0 && isinf(x_t);
+    int64_t size = job->logits.class_stride;
     for (int64_t j = 0; j < job->n_classes; j += CE_TILE) {
         int64_t n = job->n_classes - j < CE_TILE ? job->n_classes - j : CE_TILE, padded;
         const REAL *x = NAME(tile)(row, j, n, buffer, &padded);
+        const char *ahead = row->x + (j + CE_TILE) * size; /* right where the classes are contiguous */
         REAL max = NAME(tile_max)(x, padded);
         if (max > s.bound) {
             if (isinf(max))
@@ -265,12 +267,12 @@ static NAME(sums) NAME(statistics)(const NAME(row) *row, double x_t)
             NAME(add_moments)(&s, x, mass, padded);
         }
         if (!row->store_exp) {
-            ce_add(&s.rest, NAME(tile_exp)(x, NULL, 0, padded, s.exp));
+            ce_add(&s.rest, NAME(tile_exp)(x, NULL, 0, padded, s.exp, ahead, size));
             continue;
         }
         REAL *e = (REAL *)row->out + j;
         row->tiles[j / CE_TILE] = s.m;
-        ce_add(&s.rest, NAME(tile_exp)(x, x == buffer ? buffer : e, 1, padded, s.exp));
+        ce_add(&s.rest, NAME(tile_exp)(x, x == buffer ? buffer : e, 1, padded, s.exp, ahead, size));
         if (x == buffer)
             memcpy(e, buffer, (size_t)n * sizeof(REAL));
     }
@@ -433,7 +435,7 @@ static void NAME(write_gradient)(const NAME(row) *row, const NAME(sums) *s, cons
         if (with_mass)
             NAME(pull_tile)(row, g, j, n, x, pull);
         if (!row->store_exp)
-            NAME(tile_exp)(x, buffer, 1, padded, s->exp);
+            NAME(tile_exp)(x, buffer, 1, padded, s->exp, (const char *)x, 0);
         if (job->softcap != 0) {
             NAME(load)(row->x + j * job->logits.class_stride, job->logits.class_stride, job->logits.dtype, n, raw);
             NAME(cap_tile)(job, raw, slope, n);

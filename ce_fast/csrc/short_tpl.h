@@ -3,21 +3,37 @@
  */
 #define STEP ((int)(64 / sizeof(REAL))) /* a vector of 512 bits: less padding than CE_LANES */
 
-/* length of a row in scratch */
+/* length of a row in scratch: whole lanes */
 CE_INLINE int64_t NAME(pitch)(const ce_job *job)
 {
-    return (job->n_classes + CE_LANES - 1) & -(int64_t)CE_LANES;
+    int64_t lanes = job->n_classes <= CE_RUN ? STEP : CE_LANES;
+    return (job->n_classes + lanes - 1) & -lanes;
 }
 
-/* The rows without their targets, padded with -inf to *padded; the largest logit of each to ref. In a row that does not
+/* the largest of n > 0 elements, a multiple of STEP; NaN, or not, where one is NaN */
+static REAL NAME(largest)(const REAL *x, int64_t n)
+{
+    REAL max[STEP];
+    for (int l = 0; l < STEP; l++)
+        max[l] = x[l];
+    for (int64_t k = STEP; k < n; k += STEP)
+        for (int l = 0; l < STEP; l++)
+            max[l] = x[k + l] > max[l] ? x[k + l] : max[l];
+    for (int half = STEP / 2; half > 0; half /= 2)
+        for (int l = 0; l < half; l++)
+            max[l] = max[l + half] > max[l] ? max[l + half] : max[l];
+    return max[0];
+}
+
+/* The rows without their targets, padded with -inf; the largest logit of each to ref. In a row that does not
    count, nothing is read. */
-static void NAME(load_short)(const ce_job *job, NAME(lanes) *l, int64_t padded)
+static void NAME(load_short)(const ce_job *job, NAME(lanes) *l)
 {
     int64_t n = job->n_classes, pitch = NAME(pitch)(job);
     for (int p = 0; p < l->padded; p++) {
         REAL *x = l->x + p * pitch;
         l->x_t[p] = l->ref[p] = 0;
-        for (int64_t k = l->t[p] < 0 ? 0 : n; k < padded; k++)
+        for (int64_t k = l->t[p] < 0 ? 0 : n; k < pitch; k++)
             x[k] = -(REAL)INFINITY;
         if (l->t[p] < 0)
             continue;
@@ -25,7 +41,7 @@ static void NAME(load_short)(const ce_job *job, NAME(lanes) *l, int64_t padded)
         NAME(load)(logits, job->logits.class_stride, job->logits.dtype, n, x);
         l->x_t[p] = x[l->t[p]];
         x[l->t[p]] = -(REAL)INFINITY;
-        REAL max = n <= CE_RUN ? NAME(lanes_max)(x, padded, STEP) : NAME(lanes_max)(x, padded, CE_LANES);
+        REAL max = NAME(largest)(x, pitch);
         l->ref[p] = l->x_t[p] > max ? l->x_t[p] : max;
     }
 }
@@ -34,22 +50,25 @@ static void NAME(load_short)(const ce_job *job, NAME(lanes) *l, int64_t padded)
    each step waits for the one before, which took a third more. */
 static int NAME(sum_rows)(const ce_job *job, NAME(lanes) *l)
 {
-    int64_t n = job->n_classes, step = n <= CE_RUN ? STEP : CE_LANES, padded = (n + step - 1) & -step;
+    int64_t n = job->n_classes, pitch = NAME(pitch)(job);
     NAME(exp_args) args = NAME(exp_prepare)(0, 0, &job->temperature);
     REAL limit = (REAL)(CE_BASE_LIMIT * job->temperature.value), log2e = (REAL)job->temperature.log2e;
     REAL ln2 = (REAL)(job->temperature.ln2_high + job->temperature.ln2_low);
+    int64_t size = job->logits.class_stride;
     int odd = 0;
-    NAME(load_short)(job, l, padded);
+    NAME(load_short)(job, l);
     for (int p = 0; p < l->padded; p++) {
         odd |= !(l->ref[p] < limit) | !(l->ref[p] > -limit);
         l->ref[p] = NAME(round)(l->ref[p] * log2e) - CE_LEAD;
         l->lost[p] = 0;
     }
     for (int p = 0; p < l->padded; p++) {
-        REAL *x = l->x + p * NAME(pitch)(job);
+        REAL *x = l->x + p * pitch;
         NAME(exp_args) of_row = NAME(exp_of_lane)(args, ln2, l->ref[p]);
-        l->rest[p] = n <= CE_RUN ? NAME(lanes_exp)(x, x, 1, padded, of_row, STEP)
-                                 : NAME(lanes_exp)(x, x, 1, padded, of_row, CE_LANES);
+        int64_t next = l->first + p + l->padded; /* a row of the next batch */
+        const char *ahead = job->logits.data + NAME(offset)(job, &job->logits, next < job->n_rows ? next : l->first);
+        l->rest[p] = n <= CE_RUN ? NAME(lanes_exp)(x, x, 1, pitch, of_row, ahead, size, STEP)
+                                 : NAME(lanes_exp)(x, x, 1, pitch, of_row, ahead, size, CE_LANES);
     }
     return !odd;
 }

@@ -7,7 +7,7 @@
 #define CE_WAYS
 #define CE_FEW 512     /* bytes of a row that is transposed (128 float, 64 double); longer ones are quicker as they lie */
 #define CE_SHORT 1024  /* classes of a short row; longer ones do not feel what a row takes beside its logits */
-#define CE_SCRATCH (1 << 16) /* bytes of short rows at a time, in L2 */
+#define CE_SCRATCH (1 << 14) /* bytes of short rows at a time, in L1 */
 typedef enum { CE_ONE_BY_ONE, CE_CLASS_MAJOR, CE_ALONG_ROWS } ce_way;
 #endif
 
