@@ -12,9 +12,10 @@ from ce_fast.backends import Rows
 from ce_fast.inputs import Logits
 from ce_fast.losses import CrossEntropyLoss, _Options
 
-# Loss and gradients of [4096, 512] x [32000, 512] in float32, two threads, by the bytes of a block of rows (blocks of
-# classes of 4 MiB): 8 MiB 1.0, 16 MiB 1.0, 24 MiB 1.0, 32 MiB 1.0 s.
-BLOCK_BYTES = 20 << 20  # logits of the rows at hand, with their hidden states and the gradients by them
+# Seconds of the processor for loss and gradients of [2048, 512] x [32000, 512] in float32, one thread, by the MiB of
+# BLOCK_BYTES: 20 1.65, 26 1.55, 32 1.49, 48 1.51 (torch's linear and cross_entropy: 1.67). Half or twice the
+# CLASS_BYTES change nothing.
+BLOCK_BYTES = 32 << 20  # logits of the rows at hand, with their hidden states and the gradients by them
 CLASS_BYTES = 4 << 20  # of the classifier: what is widened at a time, and added at a time to its gradient
 
 
@@ -73,7 +74,7 @@ class LinearCrossEntropyLoss(_Options):
 
     Notes
     -----
-    Beside the arrays given and the gradients it takes some 30 MiB, or for a large classifier a sixteenth of it; as much
+    Beside the arrays given and the gradients it takes some 40 MiB, or for a large classifier a sixteenth of it; as much
     again for class probabilities. A 16-bit classifier is read and widened in pieces, products are of float32 (float64
     if any array is), and its gradient is added up in that and rounded once. A classifier may be a read-only
     `numpy.memmap`. Rows that do not count are not read.
@@ -231,10 +232,7 @@ def _run_blocks(
         rows = live[first : first + most]
         index = np.unravel_index(rows, h.shape[:-1])
         x, some = place[: rows.size], h[index].astype(dtype, copy=False)
-        for classes, piece in _pieces(w, dtype):
-            products.put(x[:, classes], some, piece.T)
-        if b is not None:
-            np.add(x, b, out=x)
+        _put_logits(x, some, w, b, products)
         own = {"logits": x, "soft": _part(soft, index), "upstream": _part(job["upstream"], rows)}
         own["rows"] = replace(given, target=_part(given.target, rows), sample_weight=_part(given.sample_weight, rows))
         out = x if differentiates else None
@@ -310,6 +308,13 @@ def _pieces(w: np.ndarray, dtype: np.dtype) -> Iterator[tuple[slice, np.ndarray]
         place = np.empty(piece.shape, dtype) if place is None else place[: len(piece)]
         np.copyto(place, piece)
         yield classes, place
+
+
+def _put_logits(x: np.ndarray, some: np.ndarray, w: np.ndarray, b: np.ndarray | None, products: Products) -> None:
+    for classes, piece in _pieces(w, x.dtype):
+        products.put(x[:, classes], some, piece.T)
+    if b is not None:
+        np.add(x, b, out=x)
 
 
 def _add(sums: LinearGradients, index, g: np.ndarray, some: np.ndarray, w: np.ndarray, products: Products) -> None:

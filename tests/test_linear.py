@@ -323,7 +323,7 @@ def made(n_rows, n_classes, n_features):
     loss, target = ce.LinearCrossEntropyLoss(n_threads=2), rng.integers(0, n_classes, n_rows)
     return lambda: getattr(loss, call)(hidden, classifier, target)
 made(64, 64, 32)()
-print(bench.peak_growth(made(2048, 20000, 128)))
+print(bench.peak_growth(made(4096, 20000, 128)))
 """
 
 
@@ -332,8 +332,8 @@ print(bench.peak_growth(made(2048, 20000, 128)))
 @pytest.mark.parametrize("call", ["__call__", "value_and_grad"])
 def test_beyond_gradients_it_takes_a_block_of_rows_and_one_of_classes(call, dtype):
     done = subprocess.run([sys.executable, "-c", GROWTH, dtype, call], capture_output=True, text=True, check=True)
-    grown, logits = int(done.stdout), 2048 * 20000 * 4
-    gradients = (2048 + 20000) * 128 * 4 if call == "value_and_grad" else 0
+    grown, logits = int(done.stdout), 4096 * 20000 * 4
+    gradients = (4096 + 20000) * 128 * 4 if call == "value_and_grad" else 0
     gradients *= 1.5 if dtype == "bfloat16" else 1  # its sum in float32, and itself
     blas = 10 * MIB  # places of its own, which come with the first large product
     most = linear.BLOCK_BYTES + 2 * linear.CLASS_BYTES + gradients + blas

@@ -340,12 +340,12 @@ def made(n_rows, n_classes, n_features):
     target = torch.randint(n_classes, (n_rows,))
     return lambda: linear_cross_entropy(*layer, target).backward()
 made(64, 64, 32)()
-print(bench.peak_growth(made(2048, 20000, 128)))
+print(bench.peak_growth(made(4096, 20000, 128)))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_beyond_gradients_it_takes_a_block_of_rows():
     done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
-    gradients, mkl = (2048 + 20000) * 128 * 4, 16 * MIB  # places of its own
-    assert int(done.stdout) < linear.BLOCK_BYTES + gradients + mkl < 2048 * 20000 * 4 / 3
+    gradients, mkl = (4096 + 20000) * 128 * 4, 16 * MIB  # places of its own
+    assert int(done.stdout) < linear.BLOCK_BYTES + gradients + mkl < 4096 * 20000 * 4 / 3
