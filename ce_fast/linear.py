@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from ce_fast import engine, inputs, reduction
+from ce_fast import backends, engine, inputs, reduction, threads
 from ce_fast.backends import Rows
 from ce_fast.inputs import Logits
 from ce_fast.losses import CrossEntropyLoss, _Options
@@ -65,7 +65,8 @@ class LinearCrossEntropyLoss(_Options):
     Parameters
     ----------
     weight, ignore_index, reduction, label_smoothing, smoothing, temperature, softcap, z_loss, denominator, n_threads
-        As in `CrossEntropyLoss`. `n_threads` is that of the loss; the products obey the limits of NumPy's BLAS.
+        As in `CrossEntropyLoss`. `n_threads` is that of the loss, by default half of those there are; the products obey
+        the limits of NumPy's BLAS.
 
     Raises
     ------
@@ -228,6 +229,10 @@ def _run_blocks(
     most = _block_rows(live.size, w, dtype)
     place = np.empty((most, len(w)), dtype)
     differentiates = any(array is not None for array in sums)
+    # By default half the threads: those of BLAS stay awake between products. On two cores, [1024, 512] x [32000, 512]
+    # took 0.42 s with one thread here, and 0.45 s with two.
+    default = threads.resolve(None, place.size, backends.active().max_threads) // 2
+    n_threads = loss.n_threads or max(1, default)
     for first in range(0, live.size, most):
         rows = live[first : first + most]
         index = np.unravel_index(rows, h.shape[:-1])
@@ -236,7 +241,7 @@ def _run_blocks(
         own = {"logits": x, "soft": _part(soft, index), "upstream": _part(job["upstream"], rows)}
         own["rows"] = replace(given, target=_part(given.target, rows), sample_weight=_part(given.sample_weight, rows))
         out = x if differentiates else None
-        losses[rows] = engine.run_block(job | own, out, loss.n_threads, wide=loss.of_logits.wide)
+        losses[rows] = engine.run_block(job | own, out, n_threads, wide=loss.of_logits.wide)
         _add(sums, index, x, some, w, products)
     return losses
 
