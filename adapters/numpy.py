@@ -11,6 +11,7 @@ import numpy as np
 
 from ce_fast import engine, inputs
 from ce_fast.distillation import DistillationLoss
+from ce_fast.linear import LinearCrossEntropyLoss
 from ce_fast.losses import (
     BCELoss,
     BCEWithLogitsLoss,
@@ -64,6 +65,48 @@ def cross_entropy(
         n_threads=n_threads,
     )
     return loss(logits, target, sample_weight)
+
+
+def linear_cross_entropy(
+    hidden,
+    classifier,
+    target,
+    *,
+    bias=None,
+    sample_weight=None,
+    weight=None,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
+    temperature=1.0,
+    softcap=None,
+    z_loss=0.0,
+    n_threads=None,
+):
+    """Cross-entropy of hidden @ classifier.T + bias, without all these logits, in nats: `LinearCrossEntropyLoss`.
+
+    Returns
+    -------
+    float or ndarray
+        An array for reduction="none".
+
+    Examples
+    --------
+    >>> import ce_fast as ce
+    >>> round(ce.linear_cross_entropy([[1.0, 0.0], [0.0, 2.0]], [[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]], [0, 1]), 6)
+    0.275269
+    """
+    loss = LinearCrossEntropyLoss(
+        weight,
+        ignore_index,
+        reduction,
+        label_smoothing,
+        temperature=temperature,
+        softcap=softcap,
+        z_loss=z_loss,
+        n_threads=n_threads,
+    )
+    return loss(hidden, classifier, target, bias, sample_weight)
 
 
 def focal_loss(

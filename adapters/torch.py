@@ -9,6 +9,7 @@ gradients have the dtypes that torch gives; 16-bit tensors are computed in float
 """
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ce_fast.adapters import torch_autograd as autograd
+from ce_fast.adapters import torch_linear
 
 __all__ = [
     "BCELoss",
@@ -28,6 +30,7 @@ __all__ = [
     "GeneralizedCrossEntropyLoss",
     "KLDivLoss",
     "KLDivWithLogitsLoss",
+    "LinearCrossEntropyLoss",
     "NLLLoss",
     "PolyLoss",
     "SigmoidFocalLoss",
@@ -39,6 +42,7 @@ __all__ = [
     "generalized_cross_entropy",
     "kl_div",
     "kl_div_with_logits",
+    "linear_cross_entropy",
     "nll_loss",
     "poly_loss",
     "sigmoid_focal_loss",
@@ -245,6 +249,95 @@ def generalized_cross_entropy(
     return autograd.class_loss(
         autograd.GeneralizedCrossEntropy, (input, target, sample_weight), {"weight": weight}, *options, q=q
     )
+
+
+@autograd.overridable
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    smoothing: str = "uniform",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    denominator: str | float = "weight",
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of the logits of a linear layer, without ever holding all of them; a drop-in for torch 2.13's own.
+
+    Parameters
+    ----------
+    input : Tensor of shape (D) or (N, D)
+        Of a dtype of logits, as are `linear_weight` and `linear_bias`.
+    linear_weight : Tensor of shape (C, D), or (C, d1, ..., dK, D)
+        With the latter, as with all that the kernels do not see, the logits are made as a whole.
+    target : Tensor of shape (), (N) or (N, d1, ..., dK), or of the logits' shape (C), (N, C) or (N, C, d1, ..., dK)
+        Class indices of any integer dtype; or class probabilities of a floating one.
+    linear_bias : Tensor of shape (C) or (C, d1, ..., dK), optional
+    weight, reduction, label_smoothing
+        As in `cross_entropy`.
+    ignore_index : int, optional
+        None is -100 for class indices; class probabilities have none to ignore.
+    options : torch.nn.LinearCrossEntropyOptions, optional
+        Used where a call goes to torch's own function; the kernels have no need of them.
+    smoothing, temperature, softcap, z_loss, denominator, sample_weight
+        As in `cross_entropy`.
+
+    Returns
+    -------
+    Tensor
+        As in `cross_entropy`.
+
+    Raises
+    ------
+    RuntimeError
+        If shapes of the layer do not fit, or class probabilities come with an `ignore_index`.
+    IndexError, ValueError, TypeError
+        As in `cross_entropy`.
+
+    Notes
+    -----
+    A mean or sum computes those gradients that are needed along with the loss; reduction="none" computes them in the
+    backward pass, from the logits made once more. 16-bit tensors are widened in pieces, and their gradients added up
+    in float32 and rounded once. Gradients of gradients are exact, of logits as a whole.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import linear_cross_entropy
+    >>> input = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    >>> linear_weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]], requires_grad=True)
+    >>> loss = linear_cross_entropy(input, linear_weight, torch.tensor([0, 1]))
+    >>> loss.backward()
+    >>> round(loss.item(), 6)
+    0.275269
+    >>> linear_weight.grad
+    tensor([[-0.1674,  0.1173],
+            [ 0.1224, -0.1332],
+            [ 0.0450,  0.0159]])
+    """
+    shape = torch_linear.logits_shape(input, linear_weight, linear_bias)
+    if ignore_index is not None and target.shape == shape:
+        raise RuntimeError(f"ignore_index is {ignore_index}; class probabilities have none to ignore")
+    common: dict[str, Any] = {"weight": weight, "reduction": reduction, "label_smoothing": label_smoothing}
+    ours: dict[str, Any] = {"smoothing": smoothing, "temperature": temperature, "softcap": softcap, "z_loss": z_loss}
+    ours |= {"denominator": denominator, "sample_weight": sample_weight}
+    index = -100 if ignore_index is None else ignore_index
+    if torch_linear.is_seen(input, linear_weight, linear_bias, target, weight, sample_weight):
+        return torch_linear.run(input, linear_weight, linear_bias, target, ignore_index=index, **common, **ours)
+    if options is not None and sample_weight is None and ours.items() >= torch_linear.PLAIN.items():
+        common |= {"linear_bias": linear_bias, "ignore_index": ignore_index, "options": options}
+        return F.linear_cross_entropy(input, linear_weight, target, **common)
+    bias = None if linear_bias is None else linear_bias.flatten()
+    logits = F.linear(input, linear_weight.flatten(0, -2), bias).reshape(shape)
+    return cross_entropy(logits, target, ignore_index=index, **common, **ours)
 
 
 @autograd.overridable
@@ -638,6 +731,92 @@ class CrossEntropyLoss(_Module, torch.nn.CrossEntropyLoss, function=cross_entrop
     >>> loss(torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([0]))
     tensor(0.3370)
     """
+
+
+class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", torch.nn.Module)):  # type: ignore[misc]
+    """`linear_cross_entropy` with a linear layer of its own: torch 2.13's module, with the options of `ce_fast`.
+
+    Parameters
+    ----------
+    in_features, num_classes : int
+    out_features : tuple of int, default=()
+        (d1, ..., dK) of a K-dimensional loss.
+    bias, device, dtype
+        Of the layer, `linear`.
+    weight, reduction, ignore_index, label_smoothing, options, smoothing, temperature, softcap, z_loss, denominator
+        As in `linear_cross_entropy`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an option is out of its range or of the wrong type.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ce_fast.adapters.torch import LinearCrossEntropyLoss
+    >>> loss = LinearCrossEntropyLoss(8, 1000, bias=True, softcap=30.0)
+    >>> loss(torch.zeros(2, 8), torch.tensor([0, 1])).shape
+    torch.Size([])
+    >>> loss.linear
+    Linear(in_features=8, out_features=1000, bias=True)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device=None,
+        dtype=None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        smoothing: str = "uniform",
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        denominator: str | float = "weight",
+    ):
+        if weight is not None and weight.shape != (num_classes,):
+            raise ValueError(f"weight has shape {tuple(weight.shape)}; expected {(num_classes,)}")
+        torch.nn.Module.__init__(self)
+        ours = {"smoothing": smoothing, "temperature": temperature, "softcap": softcap, "z_loss": z_loss}
+        held = {"reduction": reduction, "label_smoothing": label_smoothing, **ours, "denominator": denominator}
+        autograd.make_once(autograd.CrossEntropy, **held)
+        held |= {"ignore_index": ignore_index, "options": options}
+        for name, value in held.items():
+            setattr(self, name, value)
+        self._held = tuple(held)
+        self.register_buffer("weight", weight)
+        self.num_classes, self.out_features = num_classes, out_features
+        width = math.prod(out_features, start=num_classes)
+        self.linear = torch.nn.Linear(in_features, width, bias=bias, device=device, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        torchs = ("reduction", "ignore_index", "label_smoothing", "options")
+        changed = [f"{name}={v!r}" for name, plain in torch_linear.PLAIN.items() if (v := getattr(self, name)) != plain]
+        layer = f"in_features={self.linear.in_features}, num_classes={self.num_classes}"
+        layer += f", out_features={self.out_features}, bias={self.linear.bias is not None}"
+        return ", ".join([layer, *(f"{name}={getattr(self, name)}" for name in torchs), *changed])
+
+    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss; arguments and result as in `linear_cross_entropy`."""
+        shape = self.num_classes, *self.out_features
+        layer, held = self.linear, {name: getattr(self, name) for name in self._held}
+        return linear_cross_entropy(
+            input,
+            layer.weight.reshape(*shape, -1),
+            target,
+            linear_bias=None if layer.bias is None else layer.bias.reshape(shape),
+            weight=self.weight,
+            sample_weight=sample_weight,
+            **held,
+        )
 
 
 class FocalLoss(_Module, function=focal_loss, kind=autograd.Focal):

@@ -367,11 +367,15 @@ class _Kernels(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor):  # type: ignore[override]
-        batched = torch._C._functorch.is_legacy_batchedtensor(upstream)  # by autograd.grad(is_grads_batched=True)
-        differentiated = torch.is_grad_enabled() or batched or _recorded()
-        gradient = _formula_gradient(ctx, upstream) if differentiated else _kernel_gradient(ctx, upstream)
+        gradient = (_formula_gradient if _is_differentiated(upstream) else _kernel_gradient)(ctx, upstream)
         n_arguments = len(ctx.needs_input_grad)
         return None, None, None, None, gradient, *(None,) * (n_arguments - 5)
+
+
+def _is_differentiated(upstream: Tensor) -> bool:
+    """Whether a backward is itself differentiated, batched or transformed."""
+    batched = torch._C._functorch.is_legacy_batchedtensor(upstream)  # by autograd.grad(is_grads_batched=True)
+    return torch.is_grad_enabled() or batched or _recorded()
 
 
 def _formula_gradient(ctx: Any, upstream: Tensor) -> Tensor:

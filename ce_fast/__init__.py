@@ -14,6 +14,7 @@ from ce_fast.adapters.numpy import (
     focal_loss,
     generalized_cross_entropy,
     kl_div,
+    linear_cross_entropy,
     log_softmax,
     logsumexp,
     nll_loss,
@@ -25,6 +26,7 @@ from ce_fast.adapters.numpy import (
 from ce_fast.backends import use_backend
 from ce_fast.config import __version__, show_config
 from ce_fast.distillation import DistillationLoss
+from ce_fast.linear import LinearCrossEntropyLoss
 from ce_fast.losses import (
     BCELoss,
     BCEWithLogitsLoss,
@@ -46,6 +48,7 @@ __all__ = [
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
     "KLDivLoss",
+    "LinearCrossEntropyLoss",
     "NLLLoss",
     "PolyLoss",
     "SigmoidFocalLoss",
@@ -59,6 +62,7 @@ __all__ = [
     "focal_loss",
     "generalized_cross_entropy",
     "kl_div",
+    "linear_cross_entropy",
     "log_softmax",
     "logsumexp",
     "nll_loss",

@@ -1,6 +1,5 @@
 """Knowledge distillation: a divergence from a teacher and a cross-entropy, block by block into one gradient."""
 
-import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, replace
 
@@ -175,9 +174,8 @@ def _distill(loss: DistillationLoss, student, teacher, target, sample_weight, as
     if loss.reduction == "none":
         total = np.sum([term.factor * rows for term, rows in zip(terms, losses, strict=True)], 0)
         return engine.result_rows(total, logits), grad
-    sums = [math.fsum(rows) if np.isfinite(rows).all() else float(rows.sum()) for rows in losses]
-    parts = zip(terms, sums, strict=True)
-    return sum(term.factor * reduction.reduced(total, term.divisor) for term, total in parts), grad
+    parts = zip(terms, losses, strict=True)
+    return sum(term.factor * reduction.reduced(reduction.summed(rows), term.divisor) for term, rows in parts), grad
 
 
 def _check(loss: DistillationLoss, logits: Logits, target, sample_weight) -> engine.Call:

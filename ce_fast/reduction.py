@@ -1,5 +1,9 @@
 """From row losses to a number: mean, sum, none, and what a mean divides by."""
 
+import math
+
+import numpy as np
+
 REDUCTIONS = ("mean", "sum", "none")
 DENOMINATORS = ("weight", "count", "total")
 
@@ -15,6 +19,10 @@ def divisor(reduction: str, denominator: str | float, n_rows: int, n_counted: in
     if isinstance(denominator, str):
         return float({"weight": weight_sum, "count": n_counted, "total": n_rows}[denominator])
     return float(denominator)
+
+
+def summed(row_losses: np.ndarray) -> float:
+    return math.fsum(row_losses) if np.isfinite(row_losses).all() else float(row_losses.sum())
 
 
 def reduced(loss_sum: float, divisor: float) -> float:

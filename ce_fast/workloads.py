@@ -12,7 +12,9 @@ import ce_fast
 from ce_fast.threads import SERIAL_LOGITS
 
 OURS = "ce_fast"
+FEATURES = 512  # of hidden states and classifiers
 TORCH, SKLEARN, JAX, READ = "torch eager", "scikit-learn", "jax jit", "read once (amax)"
+CHUNKED = "torch chunked"
 
 Shape = tuple[int, ...]
 Call = Callable[[], object]
@@ -33,7 +35,7 @@ class Workload:
     """One piece of work that ours and its peers do on the same input.
 
     `setup(shape, n_threads)` makes the input and returns a callable by name for whatever is installed: `OURS` and
-    the peers. Calls that compute (all but `READ`) return the same value, or (value, gradient).
+    the peers. Calls that compute (all but `READ`) return the same value, or (value, gradient, ...).
     """
 
     name: str
@@ -216,6 +218,48 @@ def _autograd(shape: Shape, n_threads: int) -> Calls:
     }
 
 
+def make_linear(shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(hidden states, classifier, class indices) whose logits have this shape and a standard deviation of 3."""
+    rng = np.random.default_rng(0)
+    hidden, classifier = (rng.standard_normal((n, FEATURES), dtype=np.float32) for n in shape)
+    hidden *= 3 / math.sqrt(FEATURES)
+    return hidden, classifier, rng.integers(shape[1], size=shape[0])
+
+
+def _linear(shape: Shape, n_threads: int, *, through_torch: bool = False) -> Calls:
+    """The shape is that of the logits."""
+    hidden, classifier, target = make_linear(shape)
+
+    def ours():
+        value, grads = ce_fast.LinearCrossEntropyLoss().value_and_grad(hidden, classifier, target)
+        return value, grads.hidden, grads.classifier
+
+    calls: Calls = {} if through_torch else {OURS: ours}
+    if not installed("torch"):
+        return calls
+    import torch
+    import torch.nn.functional as F
+
+    h, w = torch.from_numpy(hidden).requires_grad_(), torch.from_numpy(classifier).requires_grad_()
+    y = torch.from_numpy(target)
+
+    def step(function):
+        h.grad = w.grad = None
+        loss = function(h, w, y)
+        loss.backward()
+        return loss.detach(), h.grad, w.grad
+
+    calls[TORCH] = partial(step, lambda h, w, y: F.cross_entropy(F.linear(h, w), y))
+    if through_torch:
+        from ce_fast.adapters.torch import linear_cross_entropy
+
+        calls[OURS] = partial(step, linear_cross_entropy)
+    if hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        calls[CHUNKED] = partial(step, partial(F.linear_cross_entropy, options=options))
+    return calls
+
+
 def make_probabilities(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     """(probabilities, labels): float64 rows that sum to 1, and labels of which every class has some."""
     rng = np.random.default_rng(0)
@@ -253,6 +297,7 @@ def _multinomial(shape: Shape, n_threads: int) -> Calls:
 
 
 LONG, SHORT, PIXELS, ELEMENTS = (1024, 50257), (1_000_000, 10), (8, 21, 512, 512), (4_000_000,)
+LINEAR = (4096, 32000)
 FORWARD = Workload(
     "forward",
     "forward float32",
@@ -273,6 +318,16 @@ WORKLOADS = (
     Workload("binary", "binary, loss and gradient", ELEMENTS, _binary, (Peer(TORCH),)),
     Workload("focal", "sigmoid focal, loss and gradient", ELEMENTS, partial(_binary, focal=True), (Peer(TORCH),)),
     Workload("distillation", "distillation, loss and gradient", (256, 50257), _distillation, (Peer(TORCH),)),
+    Workload(
+        "linear", f"linear of {FEATURES}, loss and gradients", LINEAR, _linear, (Peer(TORCH, 1, 1.3), Peer(CHUNKED))
+    ),
+    Workload(
+        "linear-torch",
+        f"torch: linear of {FEATURES}, loss and backward",
+        LINEAR,
+        partial(_linear, through_torch=True),
+        (Peer(TORCH), Peer(CHUNKED)),
+    ),
     Workload("log-loss", "log_loss, float64", SHORT, _log_loss, (Peer(SKLEARN),)),
     Workload("multinomial", "loss and gradient, float64", (100_000, 100), _multinomial, (Peer(SKLEARN),)),
     Workload("small", "one small call, one thread", (32, 10), _forward, (Peer(TORCH),)),

@@ -55,6 +55,7 @@ def test_ours_and_every_peer_compute_the_same(workload):
 def test_a_workload_offers_every_peer_it_names_that_is_installed(workload):
     calls = tiny_calls(workload)
     module = {workloads.TORCH: "torch", workloads.SKLEARN: "sklearn", workloads.JAX: "jax", workloads.READ: "numpy"}
+    module[workloads.CHUNKED] = "torch"
     assert {peer.name for peer in workload.peers if workloads.installed(module[peer.name])} <= set(calls)
 
 
@@ -89,6 +90,7 @@ def test_a_peer_that_is_not_installed_gives_a_dash_and_no_verdict(monkeypatch):
     rows = [row for w in workloads.WORKLOADS for row in bench.measure(w, TINY[len(w.shape)], repeats=1)]
     assert {row.peer: row.ratio is None for row in rows} == {
         workloads.TORCH: True,
+        workloads.CHUNKED: True,
         workloads.SKLEARN: True,
         workloads.JAX: True,
         workloads.READ: False,
@@ -263,6 +265,7 @@ def test_the_asv_suite_skips_hosts_that_are_not_installed(asv_suite, monkeypatch
     monkeypatch.setattr(workloads, "installed", lambda module: False)
     for module, name, parameters in [
         ("autograd", "Backward", ("256x50257", "float32", "torch")),
+        ("linear", "Linear", ("torch",)),
         ("memory", "Growth", (workloads.TORCH,)),
         ("ratios", "Ratio", (f"small / {workloads.TORCH}",)),
         ("scorers", "LogLoss", ("1000x3", "sklearn")),

@@ -12,10 +12,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = {
-    "__init__", "config", "distillation", "engine", "inputs", "losses", "plan", "reduction", "threads", "top_k",
+    "__init__", "config", "distillation", "engine", "inputs", "linear", "losses", "plan", "reduction", "threads",
+    "top_k",
     "backends/__init__", "backends/compiled", "backends/numba",
     "adapters/__init__", "adapters/numpy", "adapters/sklearn", "adapters/torch",
-    "adapters/torch_autograd",
+    "adapters/torch_autograd", "adapters/torch_linear",
 }  # fmt: skip
 C_SOURCES = {path.name for path in (ROOT / "ce_fast/csrc").iterdir()}
 

@@ -48,3 +48,15 @@ def assert_grad_close(actual, expected, terms, dtype):
     magnitude = np.maximum(np.asarray(terms, np.longdouble), np.abs(expected))[~nan]
     bound = tol.grad_ulp * tol.eps * magnitude + 0.5 * tol.storage_eps * magnitude + tol.floor
     assert (error <= bound).all(), f"gradient off by {float((error / bound).max()):.3g} of its bound"
+
+
+def assert_product_close(actual, expected, terms, n_terms, dtype):
+    """Sums of n_terms gradients times exact numbers, in any order: each has its own error, and each addition another
+    half unit of the sum of their magnitudes; half a unit of a 16-bit dtype, once, for all of them."""
+    tol = TOLERANCES[np.dtype(dtype).name]
+    actual, expected = np.asarray(actual).astype(np.longdouble), np.asarray(expected, np.longdouble)
+    assert actual.shape == expected.shape
+    error, terms = np.abs(actual - expected), np.maximum(np.asarray(terms, np.longdouble), np.abs(expected))
+    bound = (tol.grad_ulp + n_terms / 2) * tol.eps * terms + 0.5 * tol.storage_eps * np.abs(expected)
+    bound += (n_terms + 1) * tol.floor
+    assert (error <= bound).all(), f"product off by {float((error / bound).max()):.3g} of its bound"
