@@ -295,7 +295,7 @@ def update_readme(path: Path, text: str) -> None:
     pattern = f"{re.escape(before)}.*?{re.escape(after)}"
     if old.count(before) != 1 or old.count(after) != 1 or not re.search(pattern, old, re.DOTALL):
         raise ValueError(f"{path}: expected {before} and then {after}, each once")
-    path.write_text(re.sub(pattern, lambda _: f"{before}\n{text}\n{after}", old, flags=re.DOTALL))
+    path.write_text(re.sub(pattern, lambda _: f"{before}\n\n{text}\n\n{after}", old, flags=re.DOTALL))
 
 
 def run(names: Sequence[str] = (), quick: bool = False, repeats: int | None = None) -> Report:
@@ -351,6 +351,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if unknown := set(args.names) - {*BY_NAME, MEMORY}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; expected any of {', '.join((*BY_NAME, MEMORY))}")
+    if args.readme and (args.names or args.quick):
+        parser.error("--readme: expected neither NAME nor --quick, for the README shows all")
     report = run(args.names, args.quick, args.repeats)
     print(report.text(args.markdown), flush=True)
     if args.readme:

@@ -60,8 +60,8 @@ def _turn(call: Call) -> list[float]:
     return seconds
 
 
-def medians(calls: Calls, repeats: int) -> dict[str, float]:
-    """Seconds that each call takes, measured in turns.
+def turns(calls: Calls, repeats: int) -> dict[str, list[float]]:
+    """Seconds of the single calls of each, measured in turns.
 
     Parameters
     ----------
@@ -71,9 +71,7 @@ def medians(calls: Calls, repeats: int) -> dict[str, float]:
 
     Returns
     -------
-    dict of str to float
-        The medians over the single calls of all rounds: the mean of small calls would be that of the few that had to
-        wait for a busy core.
+    dict of str to list of float
     """
     for call in calls.values():
         call()  # compiles, starts threads
@@ -87,7 +85,12 @@ def medians(calls: Calls, repeats: int) -> dict[str, float]:
                 times[name].extend(_turn(calls[name]))
     finally:
         gc.enable()
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    return times
+
+
+def medians(calls: Calls, repeats: int) -> dict[str, float]:
+    """The medians of `turns`: the mean of small calls would be that of the few that had to wait for a busy core."""
+    return {name: statistics.median(seconds) for name, seconds in turns(calls, repeats).items()}
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------

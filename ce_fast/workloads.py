@@ -158,13 +158,13 @@ def forward_calls(
 ) -> Calls:
     """The value: ours and, of what is installed, reading once, torch, JAX, and torch.compile if asked for."""
 
-    def ours():
-        if backend is None:
-            return ce_fast.cross_entropy(logits, target, class_axis=class_axis, **options)
-        with ce_fast.use_backend(backend):
-            return ce_fast.cross_entropy(logits, target, class_axis=class_axis, **options)
+    ours = partial(ce_fast.cross_entropy, logits, target, class_axis=class_axis, **options)
 
-    calls: Calls = {OURS: ours, READ: _read(logits)}
+    def ours_by_backend():
+        with ce_fast.use_backend(backend):
+            return ours()
+
+    calls: Calls = {OURS: ours if backend is None else ours_by_backend, READ: _read(logits)}
     if installed("torch"):
         import torch
 

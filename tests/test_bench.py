@@ -15,10 +15,7 @@ from ce_fast import bench, demo, measure, sweep, workloads
 
 TINY = {1: (50,), 2: (44, 11), 4: (2, 5, 4, 3)}  # by the number of dimensions; rows enough for every label to occur
 TOLERANCE = {"bfloat16": 1e-2}  # torch's log-softmax is bfloat16 there; all else is float32 or float64
-MODULE = {
-    workloads.TORCH: "torch", workloads.COMPILED: "torch", workloads.SKLEARN: "sklearn", workloads.JAX: "jax",
-    workloads.READ: "numpy",
-}  # fmt: skip
+MODULE = {workloads.SKLEARN: "sklearn", workloads.JAX: "jax", workloads.READ: "numpy"}  # the other peers need torch
 ASV = Path(__file__).parents[1] / "asv_bench"
 
 
@@ -68,7 +65,7 @@ def test_ours_and_every_peer_compute_the_same(workload):
 @pytest.mark.parametrize("workload", workloads.WORKLOADS, ids=lambda w: w.name)
 def test_a_workload_offers_every_peer_it_names_that_is_installed(workload):
     calls = tiny_calls(workload)
-    assert {peer.name for peer in workload.peers if workloads.installed(MODULE[peer.name])} <= set(calls)
+    assert {peer.name for peer in workload.peers if workloads.installed(MODULE.get(peer.name, "torch"))} <= set(calls)
     assert {bar.peer for bar in workload.memory} <= {peer.name for peer in workload.peers}
 
 
@@ -184,7 +181,7 @@ def test_the_readme_gets_the_tables_between_its_marks(tmp_path):
     readme.write_text(f"a\n{before}\nold \\1\n{after}\nb {before[:4]}\n")
     for _ in range(2):
         bench.update_readme(readme, r"new \1")
-        assert readme.read_text() == f"a\n{before}\nnew \\1\n{after}\nb {before[:4]}\n"
+        assert readme.read_text() == f"a\n{before}\n\nnew \\1\n\n{after}\nb {before[:4]}\n"
     for wrong in (f"{after} {before}", before, f"{before}{before}{after}", ""):
         readme.write_text(wrong)
         with pytest.raises(ValueError, match=r"README.md: expected <!-- bench --> and then <!-- /bench -->, each once"):
@@ -203,7 +200,7 @@ def test_check_fails_if_a_bar_is_not_met(monkeypatch, capsys, tmp_path, peer, st
     assert bench.main([]) == 0
 
 
-@pytest.mark.parametrize("argv", [["nothing"], ["--repeats", "0"]])
+@pytest.mark.parametrize("argv", [["nothing"], ["--repeats", "0"], ["--readme", "README.md", "small"]])
 def test_the_command_says_what_it_expects(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(argv)
@@ -311,6 +308,13 @@ def test_a_peak_and_a_step_are_cliffs_and_a_fall_is_none():
     assert sweep.cliffs([point(n, 1.0 if n < 20 else 1.4) for n in range(1, 40)]) == []
     assert sweep.cliffs([point(n, 10.0**n, who=workloads.TORCH) for n in range(1, 9)]) == [], "only ours count"
     assert sweep.cliffs([]) == []
+
+
+def test_a_sweep_on_a_busy_machine_says_so():
+    reads = [point(n, 0.1, who=workloads.READ) for n in (1, 10, 100)]
+    assert sweep.cliff_lines(reads) == ["no cliff"]
+    reads.append(point(1000, 0.25, who=workloads.READ))
+    assert sweep.cliff_lines(reads)[1:] == ["not to be trusted: reading the same array took 0.1 to 0.25 ns/logit"]
 
 
 def test_what_seems_a_cliff_is_measured_again():
