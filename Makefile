@@ -17,9 +17,9 @@ test: $(VENV)/installed
 test-long: $(VENV)/installed
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_losses.py -k options_combined
 
-# the ratio table, then the asv suite on this checkout
+# the ratio table and the plot, here and in the README, then the asv suite on this checkout
 bench: $(VENV)/installed
-	$(BIN)/python -m ce_fast.bench
+	$(BIN)/python -m ce_fast.bench --readme README.md --json docs/bench.json --plot docs/bench.svg
 	cd asv_bench && ../$(BIN)/asv machine --yes && ../$(BIN)/asv run --python=same --show-stderr
 
 # errors in ulp against mpmath, ours and torch's

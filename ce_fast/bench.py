@@ -1,45 +1,40 @@
-"""The ratio table: how much faster than its peers ce_fast is, here and now.
+"""The ratio table: how much faster than its peers ce_fast is, and how much less memory it takes, here and now.
 
-    python -m ce_fast.bench [--quick] [--json FILE] [--repeats N] [--check] [--markdown] [NAME ...]
+    python -m ce_fast.bench [--quick] [--repeats N] [--check] [--markdown] [--sweep] [--json FILE] [--plot FILE]
+                            [--readme FILE] [NAME ...]
 
 The workloads are those of `ce_fast.workloads`, for the asv suite and the demo too. Ours and every installed
 peer work on the same input, in one process, with the same number of threads, and take turns, so that what disturbs
-the machine disturbs all of them.
+the machine disturbs all of them. Memory is measured in a fresh process for each.
 """
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
-import gc
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
 import platform
-import statistics
-import subprocess
+import re
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import ce_fast
-from ce_fast.threads import SERIAL_LOGITS
-from ce_fast.workloads import BY_NAME, FORWARD, LONG, OURS, TORCH, WORKLOADS, Call, Calls, Shape, Workload, installed
+from ce_fast import sweep
+from ce_fast.measure import MIB, config, growth, medians, thread_count, torch_threads
+from ce_fast.workloads import BY_NAME, OURS, READ, WORKLOADS, Shape, Workload
 
-MEMORY = "memory"  # the name of the line about it
-MIB = 2**20
-MEMORY_BAR = MIB  # bytes beyond the input; torch takes the logits' size once more
-SHORTEST = 0.005  # seconds; a quicker call is made again until its turn lasts that long
-PAUSE = 0.01  # seconds before a turn; the threads of the one before spin for some milliseconds before they sleep
+MEMORY = "memory"  # names the lines about it
+PAGE = 4096  # bytes; nobody grows by less
+MARKS = "<!-- bench -->", "<!-- /bench -->"  # around the tables in the README
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one workload against one peer; None where one of them is not installed."""
+    """The time of one workload against one peer; None where one of them is not installed."""
 
     name: str
     work: str
@@ -67,86 +62,38 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes by which the process grew during a call, beyond its input, by who made the call."""
+class MemoryRow:
+    """Bytes by which one call of a workload grows the process, beyond its input and its results."""
 
+    name: str
     work: str
-    growth: dict[str, int | None]
-    at_most: int = MEMORY_BAR
+    peer: str
+    ours_bytes: int | None
+    peer_bytes: int | None
+    under: int | None  # bytes of ours
+    at_least: float | None
+    goal: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        if self.ours_bytes is None or self.peer_bytes is None:
+            return None
+        return self.peer_bytes / max(self.ours_bytes, PAGE)
 
     @property
     def met(self) -> bool | None:
-        ours = self.growth.get(OURS)
-        return None if ours is None else ours < self.at_most
+        """Whether the bar is met; None without a bar or a measurement."""
+        if self.under is not None:
+            return None if self.ours_bytes is None else self.ours_bytes < self.under
+        return None if self.at_least is None or self.ratio is None else self.ratio >= self.at_least
 
 
-# --- Time -------------------------------------------------------------------------------------------------------------
+# --- Measuring --------------------------------------------------------------------------------------------------------
 
 
-def _config() -> dict:
-    return ce_fast.show_config(mode="dicts") or {}
-
-
-def thread_count(shape: Shape = LONG) -> int:
-    """The number of threads that ours uses for logits of this shape; its peers get as many."""
-    return 1 if math.prod(shape) < SERIAL_LOGITS else _config()["threads"]
-
-
-@contextlib.contextmanager
-def torch_threads(n_threads: int) -> Iterator[None]:
-    """Give torch, if it is installed, `n_threads` threads for a block."""
-    if not installed("torch"):
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _turn(call: Call) -> list[float]:
-    """Seconds of single calls: one, or as many as fill `SHORTEST`."""
-    seconds: list[float] = []
-    until = time.perf_counter() + SHORTEST
-    while not seconds or time.perf_counter() < until:
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return seconds
-
-
-def medians(calls: Calls, repeats: int) -> dict[str, float]:
-    """Seconds that each call takes, measured in turns.
-
-    Parameters
-    ----------
-    calls : dict of str to callable
-    repeats : int
-        Rounds; each gives every call one turn, every other round in reverse order.
-
-    Returns
-    -------
-    dict of str to float
-        The medians over the single calls of all rounds: the mean of small calls would be that of the few that had to
-        wait for a busy core.
-    """
-    for call in calls.values():
-        call()  # compiles, starts threads
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    gc.collect()
-    gc.disable()
-    try:
-        for i in range(repeats):
-            for name in list(calls)[:: -1 if i % 2 else 1]:
-                time.sleep(PAUSE)
-                times[name].extend(_turn(calls[name]))
-    finally:
-        gc.enable()
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+def title(workload: Workload, shape: Shape) -> str:
+    """Work and shape, as the tables name them."""
+    return f"{workload.work} {list(shape)}"
 
 
 def measure(workload: Workload, shape: Shape | None = None, repeats: int = 7) -> list[Row]:
@@ -170,91 +117,49 @@ def measure(workload: Workload, shape: Shape | None = None, repeats: int = 7) ->
         made = workload.setup(shape, n_threads)
         wanted = (OURS, *(peer.name for peer in workload.peers))
         seconds = medians({name: made[name] for name in wanted if name in made}, repeats)
-    ours, work = seconds.get(OURS), f"{workload.work} {list(shape)}"
+    ours, work = seconds.get(OURS), title(workload, shape)
     return [
         Row(workload.name, work, shape, peer.name, ours, seconds.get(peer.name), peer.at_least, peer.goal)
         for peer in workload.peers
     ]
 
 
-# --- Memory -----------------------------------------------------------------------------------------------------------
-
-
-def _status(key: str) -> int:
-    """A size in /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {key}")
-
-
-def peak_growth(call: Call) -> int | None:
-    """Bytes by which the resident set of this process, at its peak during `call`, exceeds what it was before.
-
-    Returns
-    -------
-    int or None
-        Where the kernel does not let the peak be reset, the peak of the whole process counts: an upper bound. None
-        without /proc.
-    """
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc kept would hide what the call takes
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # peak := now
-    try:
-        before = _status("VmRSS")
-        call()
-        return max(0, _status("VmHWM") - before)
-    except OSError:
-        return None
-
-
-def _growth_here(name: str, who: str, shape: Shape) -> int | None:
-    workload, n_threads = BY_NAME[name], thread_count()
-    with torch_threads(n_threads):
-        workload.setup((64, 1024), n_threads)[who]()  # libraries and threads come once, not with every call
-        return peak_growth(workload.setup(shape, n_threads)[who])
-
-
-def forward_growth(who: str = OURS, shape: Shape = LONG, name: str = FORWARD.name) -> int | None:
-    """`peak_growth` of one call of a workload, in a fresh process that has its input and has made a small call.
+def measure_memory(workload: Workload, shape: Shape | None = None) -> list[MemoryRow]:
+    """The memory of a workload against each of its peers in memory, every call in a fresh process.
 
     Parameters
     ----------
-    who : str
-        `OURS`, or a peer that is installed.
-    shape : tuple of int
-        Of the logits, two dimensions.
-    name : str
-        The workload.
+    workload : Workload
+    shape : tuple of int, optional
+        Of the input; the workload's own by default.
 
     Returns
     -------
-    int or None
-        In bytes; None where it cannot be measured.
+    list of MemoryRow
     """
-    code = f"from ce_fast import bench; print(bench._growth_here({name!r}, {who!r}, {tuple(shape)!r}))"
-    answer = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
-    return None if answer == "None" else int(answer)
-
-
-def measure_memory(shape: Shape = LONG) -> Memory:
-    """What a forward pass takes beyond its input: ours, and torch's if it is installed."""
-    who = [OURS, TORCH] if installed("torch") else [OURS]
-    work = f"{FORWARD.work} {list(shape)}, memory beyond the input"
-    return Memory(work, {name: forward_growth(name, shape) for name in who})
+    shape = workload.shape if shape is None else shape
+    if not workload.memory:
+        return []
+    names = {OURS, *(bar.peer for bar in workload.memory)} & workload.who()
+    grown = {name: growth(workload.name, name, shape) for name in names}
+    work, ours = title(workload, shape), grown.get(OURS)
+    return [
+        MemoryRow(workload.name, work, bar.peer, ours, grown.get(bar.peer), bar.under, bar.at_least, bar.goal)
+        for bar in workload.memory
+    ]
 
 
 # --- The report -------------------------------------------------------------------------------------------------------
 
 DISTRIBUTIONS = ("numpy", "torch", "scikit-learn", "numba", "jax", "ml_dtypes")
-HEADER = ("work", "ours ms", "ns/logit", "peer", "peer ms", "ratio", "at least", "goal", "")
+HEADER = ("name", "work", "ours ms", "ns/logit", "peer", "peer ms", "ratio", "bar", "goal", "")
+MEMORY_HEADER = ("name", "memory beyond input and results", "ours MiB", "peer", "peer MiB", "ratio", "bar", "goal", "")
+LEFT = {"name", "work", MEMORY_HEADER[1], "peer", ""}  # the others are numbers
 
 
 def machine() -> dict:
     """The processor, its cores, the threads used, the backend and the versions."""
-    config = _config()
+    found = config()
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -263,91 +168,134 @@ def machine() -> dict:
     for name in DISTRIBUTIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    return {"cpu": model, "cores": os.cpu_count(), **{k: config[k] for k in ("threads", "backend", "isa")}, **versions}
+    return {"cpu": model, "cores": os.cpu_count(), **{k: found[k] for k in ("threads", "backend", "isa")}, **versions}
 
 
 def _number(value: float | None, scale: float = 1.0, unit: str = "") -> str:
     if value is None:
         return "-"
     value *= scale
-    return f"{value:.{3 if value < 1 else 2 if value < 10 else 1}f}{unit}"
+    return f"{value:.{3 if value < 1 else 2 if value < 10 else 1 if value < 1000 else 0}f}{unit}"
 
 
-def _bar(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}x"
+def _bars(row: Row | MemoryRow) -> tuple[str, str, str, str]:
+    """Ratio, bar, goal and verdict. Of a floor, how many times as long as it ours takes."""
+    ratios = (row.ratio, row.at_least, row.goal)
+    if row.peer == READ:
+        cells = ["-" if ratio is None else f"{1 / ratio:.3g} of it" for ratio in ratios]
+    else:
+        cells = [_number(row.ratio, unit="x"), *("-" if bar is None else f"{bar:g}x" for bar in ratios[1:])]
+    if isinstance(row, MemoryRow) and row.under is not None:
+        cells[1] = f"under {row.under / MIB:g} MiB"
+    return cells[0], cells[1], cells[2], {True: "met", False: "MISSED", None: ""}[row.met]
 
 
-def _verdict(met: bool | None) -> str:
-    return {True: "met", False: "MISSED", None: ""}[met]
+def _times(rows: Iterable[Row]) -> Iterable[Sequence[str]]:
+    last = None
+    for row in rows:
+        ours = (row.name, row.work, _number(row.ours_seconds, 1e3), _number(row.ns_per_logit))
+        yield (*(("",) * 4 if row.name == last else ours), row.peer, _number(row.peer_seconds, 1e3), *_bars(row))
+        last = row.name
+
+
+def _memories(rows: Iterable[MemoryRow]) -> Iterable[Sequence[str]]:
+    for row in rows:
+        ours, theirs = (_number(size, 1 / MIB) for size in (row.ours_bytes, row.peer_bytes))
+        yield (MEMORY, row.work, ours, row.peer, theirs, *_bars(row))
+
+
+def _plain(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal."""
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    lines = (
+        "  ".join(c.ljust(w) if h in LEFT else c.rjust(w) for h, c, w in zip(header, line, widths, strict=True))
+        for line in (header, *cells)
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _github(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table for GitHub."""
+    rule = ["---" if name in LEFT else "---:" for name in header]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *cells))
 
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of one run, the memory line, and the machine."""
+    """The rows of one run, the points of a sweep, and the machine."""
 
     rows: tuple[Row, ...]
-    memory: Memory | None
+    memory: tuple[MemoryRow, ...]
     machine: dict
+    points: tuple[sweep.Point, ...] = ()
+
+    def _where(self, met: bool | None) -> list[str]:
+        """The lines with a bar whose verdict is `met`."""
+        lines = []
+        rows: tuple[Row | MemoryRow, ...] = (*self.rows, *self.memory)
+        for row in rows:
+            ratio, bar, _, _ = _bars(row)
+            if bar != "-" and row.met is met:
+                what = "memory of " if isinstance(row, MemoryRow) else ""
+                lines.append(f"{what}{row.work} against {row.peer}: {ratio}, wanted {bar}")
+        return lines
 
     def missed(self) -> list[str]:
         """The bars that were measured and not met."""
-        found = [f"{row.work} against {row.peer}: {_number(row.ratio)}" for row in self.rows if row.met is False]
-        return found + ([self._memory_line()] if self.memory and self.memory.met is False else [])
+        return self._where(False)
 
     def unmeasured(self) -> list[str]:
         """The bars that could not be measured here."""
-        found = [f"{r.work} against {r.peer}" for r in self.rows if r.at_least is not None and r.ratio is None]
-        return found + ([self._memory_line()] if self.memory and self.memory.met is None else [])
+        return self._where(None)
 
     def to_dict(self) -> dict:
         """Of the types JSON knows."""
-        rows = [
-            {**dataclasses.asdict(r), "ns_per_logit": r.ns_per_logit, "ratio": r.ratio, "met": r.met} for r in self.rows
-        ]
-        memory = {**dataclasses.asdict(self.memory), "met": self.memory.met} if self.memory else None
-        return {"machine": self.machine, "rows": rows, "memory": memory}
 
-    def _cells(self) -> Iterable[Sequence[str]]:
-        last = None
-        for row in self.rows:
-            ours = (row.work, _number(row.ours_seconds, 1e3), _number(row.ns_per_logit))
-            theirs = (row.peer, _number(row.peer_seconds, 1e3), _number(row.ratio, unit="x"))
-            bars = (_bar(row.at_least), _bar(row.goal), _verdict(row.met))
-            yield (*(("", "", "") if row.name == last else ours), *theirs, *bars)
-            last = row.name
+        def rows(found: Iterable[Row | MemoryRow], *derived: str) -> list[dict]:
+            return [dataclasses.asdict(row) | {name: getattr(row, name) for name in derived} for row in found]
 
-    def _memory_line(self) -> str:
-        assert self.memory is not None
-        sizes = (f"{name} {_number(size, 1 / MIB, ' MiB')}" for name, size in self.memory.growth.items())
-        bar = f"must be under {self.memory.at_most / MIB:g} MiB"
-        return f"{self.memory.work}: {', '.join(sizes)}; {bar} {_verdict(self.memory.met)}".rstrip()
+        return {
+            "machine": self.machine,
+            "rows": [row | {"shape": list(row["shape"])} for row in rows(self.rows, "ns_per_logit", "ratio", "met")],
+            "memory": rows(self.memory, "ratio", "met"),
+            "sweep": [dataclasses.asdict(point) for point in self.points],
+        }
 
-    def _below(self) -> Iterable[str]:
-        if self.memory is not None:
-            yield self._memory_line()
+    def to_json(self) -> str:
+        """`to_dict`, a line for each row and point, so that a diff shows which."""
+        parts = {
+            key: "[\n" + ",\n".join(map(json.dumps, part)) + "\n]" if isinstance(part, list) else json.dumps(part)
+            for key, part in self.to_dict().items()
+        }
+        return "{\n" + ",\n".join(f"{json.dumps(key)}: {part}" for key, part in parts.items()) + "\n}\n"
+
+    def text(self, markdown: bool = False) -> str:
+        """The tables and the machine, for the terminal or for GitHub."""
+        table = _github if markdown else _plain
         m = self.machine
         names = ", ".join(f"{name} {m[name]}" for name in ("ce_fast", "python", *DISTRIBUTIONS) if name in m)
-        yield f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['isa']} ({m['backend']} backend); {names}."
+        parts = [
+            table(HEADER, list(_times(self.rows))) if self.rows else "",
+            table(MEMORY_HEADER, list(_memories(self.memory))) if self.memory else "",
+            f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['isa']} ({m['backend']} backend); {names}.",
+        ]
+        return "\n\n".join(part for part in parts if part)
 
-    def text(self) -> str:
-        """A table for the terminal."""
-        cells = [HEADER, *self._cells()]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(HEADER))]
-        left = {0, HEADER.index("peer"), len(HEADER) - 1}
-        lines = (
-            "  ".join(
-                c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in cells
-        )
-        table = [line.rstrip() for line in lines] if self.rows else []
-        return "\n".join([*table, *([""] if table else []), *self._below()])
 
-    def markdown(self) -> str:
-        """A table for GitHub."""
-        rule = ["---" if name in ("work", "peer", "") else "---:" for name in HEADER]
-        table = ["| " + " | ".join(line) + " |" for line in (HEADER, rule, *self._cells())] if self.rows else []
-        return "\n\n".join(["\n".join(table), *self._below()]).lstrip()
+def update_readme(path: Path, text: str) -> None:
+    """Put `text` between the two marks of a file, which must have them.
+
+    Raises
+    ------
+    ValueError
+        If the file does not have each mark once, in order.
+    """
+    before, after = MARKS
+    old = path.read_text()
+    pattern = f"{re.escape(before)}.*?{re.escape(after)}"
+    if old.count(before) != 1 or old.count(after) != 1 or not re.search(pattern, old, re.DOTALL):
+        raise ValueError(f"{path}: expected {before} and then {after}, each once")
+    path.write_text(re.sub(pattern, lambda _: f"{before}\n\n{text}\n\n{after}", old, flags=re.DOTALL))
 
 
 def run(names: Sequence[str] = (), quick: bool = False, repeats: int | None = None) -> Report:
@@ -358,7 +306,7 @@ def run(names: Sequence[str] = (), quick: bool = False, repeats: int | None = No
     names : sequence of str
         Of `WORKLOADS`, or `MEMORY`; all if empty.
     quick : bool, default=False
-        A quarter of the rows and three repeats: the order of magnitude in some 20 seconds.
+        A quarter of the rows and three repeats: the order of magnitude in some 30 seconds.
     repeats : int, optional
         7 by default, or 3.
 
@@ -367,14 +315,13 @@ def run(names: Sequence[str] = (), quick: bool = False, repeats: int | None = No
     Report
     """
     repeats = repeats or (3 if quick else 7)
-    chosen = [workload for workload in WORKLOADS if not names or workload.name in names]
-    rows = [row for w in chosen for row in measure(w, w.quick_shape if quick else w.shape, repeats)]
-    if quick:  # the bars are those of the full size
+    shapes = {w.name: w.quick_shape if quick else w.shape for w in WORKLOADS}
+    rows = [row for w in WORKLOADS if not names or w.name in names for row in measure(w, shapes[w.name], repeats)]
+    memory = [row for w in WORKLOADS if not names or MEMORY in names for row in measure_memory(w, shapes[w.name])]
+    if quick:  # the ratios that are asked for are those of the full size
         rows = [dataclasses.replace(row, at_least=None, goal=None) for row in rows]
-    memory = None
-    if not names or MEMORY in names:
-        memory = measure_memory(FORWARD.quick_shape if quick else FORWARD.shape)
-    return Report(tuple(rows), memory, machine())
+        memory = [dataclasses.replace(row, at_least=None, goal=None) for row in memory]
+    return Report(tuple(rows), tuple(memory), machine())
 
 
 def _positive(text: str) -> int:
@@ -389,8 +336,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to measure, all by default: {', '.join(names)}")
     parser.add_argument("--quick", action="store_true", help="a quarter of the rows, few repeats")
     parser.add_argument("--repeats", type=_positive, metavar="N", help="turns for everyone; 7 by default, quick 3")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file as well")
-    parser.add_argument("--markdown", action="store_true", help="print the table as GitHub markdown")
+    parser.add_argument("--sweep", action="store_true", help="time per logit against classes and size; lists cliffs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured to a file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the sweep, as .svg or .png; implies --sweep")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help=f"replace what a file has between {MARKS[0]} marks")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as GitHub markdown")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is not met")
     return parser
 
@@ -401,10 +351,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if unknown := set(args.names) - {*BY_NAME, MEMORY}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; expected any of {', '.join((*BY_NAME, MEMORY))}")
+    if args.readme and (args.names or args.quick):
+        parser.error("--readme: expected neither NAME nor --quick, for the README shows all")
     report = run(args.names, args.quick, args.repeats)
-    print(report.markdown() if args.markdown else report.text())
+    print(report.text(args.markdown), flush=True)
+    if args.readme:
+        update_readme(args.readme, report.text(markdown=True))
+    if args.sweep or args.plot:
+        report = dataclasses.replace(report, points=tuple(sweep.run()))
+        print("\n" + "\n".join(sweep.cliff_lines(report.points)))
     if args.json:
-        args.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+        args.json.write_text(report.to_json())
+    if args.plot:
+        sweep.plot(report.points, args.plot)
     if not args.check:
         return 0
     for line in report.unmeasured():

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 import ce_fast
-from ce_fast import bench, workloads
+from ce_fast import bench, measure, workloads
 
 
 def missing(*modules: str) -> bool:
@@ -83,7 +83,7 @@ def grid_search(n_samples: int | None = None, folds: int = 5) -> Search | None:
         "ce_fast": partial(adapter.log_loss, labels, probabilities),
         "scikit-learn": partial(log_loss, labels, probabilities),
     }
-    times = ", ".join(f"{name} {1e6 * seconds:.0f} us" for name, seconds in bench.medians(calls, repeats=5).items())
+    times = ", ".join(f"{name} {1e6 * seconds:.0f} us" for name, seconds in measure.medians(calls, repeats=5).items())
     print(f"log_loss alone, on the same {list(probabilities.shape)} probabilities: {times}")
     return found
 
@@ -150,7 +150,7 @@ def evaluate(n_rows: int = 4096, n_classes: int = 50257) -> Evaluation | None:
         return None
     logits, target = make_language_logits(n_rows, n_classes)
     exact, accuracy = by_blocks(logits, target)
-    print(f"bfloat16 logits {list(logits.shape)}, {logits.nbytes / bench.MIB:.0f} MiB; accuracy {accuracy:.4f}")
+    print(f"bfloat16 logits {list(logits.shape)}, {logits.nbytes / measure.MIB:.0f} MiB; accuracy {accuracy:.4f}")
     calls = {"ce_fast": lambda: ce_fast.perplexity(logits, target)}
     if workloads.installed("torch"):
         import torch
@@ -162,9 +162,9 @@ def evaluate(n_rows: int = 4096, n_classes: int = 50257) -> Evaluation | None:
     print(f"{'':<22}{'perplexity':>12}{'ms':>8}{'memory beyond the logits':>26}")
     perplexities, growths = {}, {}
     for name, call in calls.items():
-        growth = bench.peak_growth(call)
+        growth = measure.peak_growth(call)
         perplexity, seconds = _timed(call)
-        size = "not measurable here" if growth is None else f"{growth / bench.MIB:.2f} MiB"
+        size = "not measurable here" if growth is None else f"{growth / measure.MIB:.2f} MiB"
         print(f"{name:<22}{perplexity:>12.4f}{1e3 * seconds:>8.0f}{size:>26}")
         perplexities[name], growths[name] = perplexity, growth
     print(f"{'NumPy, float64':<22}{exact:>12.4f}   (by blocks of rows, to compare with)")
@@ -227,7 +227,7 @@ def train(steps: int = 600, batch: int = 128) -> tuple[Training, Training] | Non
     features = (features / 16).astype(np.float32)
     data = tuple(torch.from_numpy(part) for part in train_test_split(features, labels, random_state=0))
     functions = (adapter.cross_entropy, torch.nn.functional.cross_entropy)
-    with bench.torch_threads(1):  # more make so small a network slower
+    with measure.torch_threads(1):  # more make so small a network slower
         for function in functions:
             _train(function, data, 5, batch)  # what is loaded and started once is nobody's training time
         ours, theirs = (_train(function, data, steps, batch) for function in functions)

@@ -195,9 +195,10 @@ def run(
     nowhere = np.broadcast_to(np.empty((), dtype), (*h.shape[:-1], len(w)))  # says what fits the logits; is never read
     logits = Logits(nowhere, nowhere, h.ndim - 1)
     call = engine.check_call(loss.of_logits, logits, target, sample_weight)
+    divisor = engine.count(loss.of_logits, logits, call.rows)
     factor, row_factors = engine.as_upstream(upstream, loss.reduction, logits)
     job = engine.softmax_fields(loss.of_logits, call) | {"upstream": row_factors}
-    job["scale"] = factor * reduction.gradient_scale(call.divisor) / loss.temperature
+    job["scale"] = factor * reduction.gradient_scale(divisor) / loss.temperature
     sums = LinearGradients(
         np.zeros(h.shape, _native(h) if rounded else dtype) if wanted[0] else None,
         np.zeros(w.shape, dtype) if wanted[1] else None,
@@ -209,7 +210,7 @@ def run(
             sums = LinearGradients(sums.hidden, _rounded(sums.classifier, w), _rounded(sums.bias, b))
     if loss.reduction == "none":
         return engine.result_rows(losses, logits), sums
-    return reduction.reduced(reduction.summed(losses), call.divisor), sums
+    return reduction.reduced(reduction.summed(losses), divisor), sums
 
 
 def _run_blocks(

@@ -2,9 +2,11 @@
 
 import importlib.util
 import math
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 
@@ -13,8 +15,9 @@ from ce_fast.threads import SERIAL_LOGITS
 
 OURS = "ce_fast"
 FEATURES = 512  # of hidden states and classifiers
-TORCH, SKLEARN, JAX, READ = "torch eager", "scikit-learn", "jax jit", "read once (amax)"
+TORCH, COMPILED, SKLEARN, JAX = "torch eager", "torch.compile", "scikit-learn", "jax jit"
 CHUNKED = "torch chunked"
+READ = "read once (amax)"  # no peer but the floor: its bars say how many times as long ours may take at most
 
 Shape = tuple[int, ...]
 Call = Callable[[], object]
@@ -26,6 +29,16 @@ class Peer:
     """Whom to measure against. Bar and goal are of the ratio peer / ours; None where there is none."""
 
     name: str
+    at_least: float | None = None
+    goal: float | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Whose memory to compare, beyond the input and the results. The bars are of ours: bytes, and peer / ours."""
+
+    peer: str
+    under: int | None = None
     at_least: float | None = None
     goal: float | None = None
 
@@ -43,6 +56,7 @@ class Workload:
     shape: Shape
     setup: Callable[[Shape, int], Calls]
     peers: tuple[Peer, ...]
+    memory: tuple[Memory, ...] = ()
 
     @property
     def quick_shape(self) -> Shape:
@@ -50,10 +64,19 @@ class Workload:
         rows, *rest = self.shape
         return (max(1, rows // 4), *rest) if math.prod(self.shape) >= SERIAL_LOGITS else self.shape
 
+    def who(self) -> set[str]:
+        """Ours and the peers, those that are installed."""
+        return set(self.setup(tuple(min(n, 16) for n in self.shape), 1))
+
 
 def installed(module: str) -> bool:
     """Whether `module` could be imported; imports nothing."""
     return importlib.util.find_spec(module) is not None
+
+
+def has_compiler() -> bool:
+    """Whether there is the C++ compiler that torch.compile needs."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def make_logits(shape: Shape, dtype: str = "float32", class_axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
@@ -115,26 +138,52 @@ def _jax(logits: np.ndarray, target: np.ndarray, gradient: bool = False) -> Call
     return lambda: jax.block_until_ready(compiled(x, y))
 
 
-def _forward(shape: Shape, n_threads: int, *, dtype="float32", class_axis=None, backend=None, **options) -> Calls:
-    if (dtype == "bfloat16" and not installed("ml_dtypes")) or (backend is not None and not installed(backend)):
-        return {}
-    logits, target = make_logits(shape, dtype, -1 if class_axis is None else class_axis)
+def _compiled(logits: np.ndarray, target: np.ndarray) -> Call:
+    """torch.compile of the cross-entropy; its first call compiles, for the threads that torch has then."""
+    import torch
 
-    def ours():
-        if backend is None:
-            return ce_fast.cross_entropy(logits, target, class_axis=class_axis, **options)
+    x, y = as_tensor(logits), torch.from_numpy(target)
+
+    def loss(x, y):
+        return torch.nn.functional.cross_entropy(x, y)
+
+    @cache
+    def program():
+        torch._dynamo.reset()  # another shape is another program, and from the ninth on Dynamo would not compile it
+        return torch.compile(loss, fullgraph=True, dynamic=False)
+
+    return lambda: program()(x, y)
+
+
+def forward_calls(
+    logits: np.ndarray, target: np.ndarray, *, class_axis=None, backend=None, compiled=False, **options
+) -> Calls:
+    """The value: ours and, of what is installed, reading once, torch, JAX, and torch.compile if asked for."""
+
+    ours = partial(ce_fast.cross_entropy, logits, target, class_axis=class_axis, **options)
+
+    def ours_by_backend():
         with ce_fast.use_backend(backend):
-            return ce_fast.cross_entropy(logits, target, class_axis=class_axis, **options)
+            return ours()
 
-    calls: Calls = {OURS: ours, READ: _read(logits)}
+    calls: Calls = {OURS: ours if backend is None else ours_by_backend, READ: _read(logits)}
     if installed("torch"):
         import torch
 
         cross_entropy = torch.nn.functional.cross_entropy
         calls[TORCH] = partial(cross_entropy, as_tensor(logits), torch.from_numpy(target), **options)
+        if compiled and has_compiler():
+            calls[COMPILED] = _compiled(logits, target)
     if installed("jax") and logits.ndim == 2 and not options:
         calls[JAX] = _jax(logits, target)
     return calls
+
+
+def _forward(shape: Shape, n_threads: int, *, dtype="float32", class_axis=None, backend=None, **options) -> Calls:
+    if (dtype == "bfloat16" and not installed("ml_dtypes")) or (backend is not None and not installed(backend)):
+        return {}
+    logits, target = make_logits(shape, dtype, -1 if class_axis is None else class_axis)
+    return forward_calls(logits, target, class_axis=class_axis, backend=backend, **options)
 
 
 def _torch_step(function, logits: np.ndarray, target: np.ndarray) -> Call:
@@ -152,16 +201,21 @@ def _torch_step(function, logits: np.ndarray, target: np.ndarray) -> Call:
     return step
 
 
-def _gradient(shape: Shape, n_threads: int) -> Calls:
-    logits, target = make_logits(shape)
-    calls: Calls = {OURS: partial(ce_fast.CrossEntropyLoss().value_and_grad, logits, target)}
+def gradient_calls(logits: np.ndarray, target: np.ndarray, *, class_axis=None) -> Calls:
+    """The value and a new gradient: ours and, of what is installed, torch and JAX."""
+    calls: Calls = {OURS: partial(ce_fast.CrossEntropyLoss(class_axis=class_axis).value_and_grad, logits, target)}
     if installed("torch"):
         import torch
 
         calls[TORCH] = _torch_step(torch.nn.functional.cross_entropy, logits, target)
-    if installed("jax"):
+    if installed("jax") and logits.ndim == 2:
         calls[JAX] = _jax(logits, target, gradient=True)
     return calls
+
+
+def _gradient(shape: Shape, n_threads: int, *, class_axis=None) -> Calls:
+    logits, target = make_logits(shape, class_axis=-1 if class_axis is None else class_axis)
+    return gradient_calls(logits, target, class_axis=class_axis)
 
 
 def _binary(shape: Shape, n_threads: int, *, focal: bool = False) -> Calls:
@@ -302,24 +356,37 @@ FORWARD = Workload(
     "forward",
     "forward float32",
     LONG,
-    _forward,
-    (Peer(TORCH, 4, 10), Peer(READ), Peer(JAX)),
+    partial(_forward, compiled=True),
+    (Peer(TORCH, 5, 10), Peer(COMPILED, 1.5, 2.5), Peer(READ, 1 / 1.8, 1 / 1.2), Peer(JAX)),
+    (Memory(TORCH, under=2**20),),
 )
 WORKLOADS = (
     FORWARD,
     Workload("bfloat16", "forward bfloat16", LONG, partial(_forward, dtype="bfloat16"), (Peer(TORCH, 3, 6),)),
     Workload("smoothing", "forward, label smoothing", LONG, partial(_forward, label_smoothing=0.1), (Peer(TORCH),)),
-    Workload("numba", "forward, Numba backend", LONG, partial(_forward, backend="numba"), (Peer(TORCH),)),
-    Workload("autograd", "torch: loss and backward", LONG, _autograd, (Peer(TORCH, 5, 15),)),
-    Workload("ten", "forward, 10 classes", SHORT, _forward, (Peer(TORCH),)),
-    Workload("ten-gradient", "loss and gradient, 10 classes", SHORT, _gradient, (Peer(TORCH), Peer(JAX))),
-    Workload("two", "forward, 2 classes", (1_000_000, 2), _forward, (Peer(TORCH),)),
-    Workload("pixels", "forward, class axis 1", PIXELS, partial(_forward, class_axis=1), (Peer(TORCH),)),
-    Workload("binary", "binary, loss and gradient", ELEMENTS, _binary, (Peer(TORCH),)),
+    Workload("numba", "forward, Numba backend", LONG, partial(_forward, backend="numba"), (Peer(TORCH, 2, 4),)),
+    Workload("autograd", "torch: loss and backward", LONG, _autograd, (Peer(TORCH, 7, 15),), (Memory(TORCH),)),
+    Workload("ten", "forward, 10 classes", SHORT, _forward, (Peer(TORCH, 12, 30),)),
+    Workload("ten-gradient", "loss and gradient, 10 classes", SHORT, _gradient, (Peer(TORCH, 10, 20), Peer(JAX))),
+    Workload("two", "forward, 2 classes", (1_000_000, 2), _forward, (Peer(TORCH, 10, 20),)),
+    Workload("pixels", "forward, class axis 1", PIXELS, partial(_forward, class_axis=1), (Peer(TORCH, 8, 15),)),
+    Workload(
+        "pixels-gradient",
+        "loss and gradient, class axis 1",
+        PIXELS,
+        partial(_gradient, class_axis=1),
+        (Peer(TORCH, 7, 12),),
+    ),
+    Workload("binary", "binary, loss and gradient", ELEMENTS, _binary, (Peer(TORCH, 5, 10),)),
     Workload("focal", "sigmoid focal, loss and gradient", ELEMENTS, partial(_binary, focal=True), (Peer(TORCH),)),
     Workload("distillation", "distillation, loss and gradient", (256, 50257), _distillation, (Peer(TORCH),)),
     Workload(
-        "linear", f"linear of {FEATURES}, loss and gradients", LINEAR, _linear, (Peer(TORCH, 1, 1.3), Peer(CHUNKED))
+        "linear",
+        f"linear of {FEATURES}, loss and gradients",
+        LINEAR,
+        _linear,
+        (Peer(TORCH, 1, 1.3), Peer(CHUNKED)),
+        (Memory(TORCH, at_least=8, goal=50), Memory(CHUNKED)),
     ),
     Workload(
         "linear-torch",
@@ -328,8 +395,8 @@ WORKLOADS = (
         partial(_linear, through_torch=True),
         (Peer(TORCH), Peer(CHUNKED)),
     ),
-    Workload("log-loss", "log_loss, float64", SHORT, _log_loss, (Peer(SKLEARN),)),
-    Workload("multinomial", "loss and gradient, float64", (100_000, 100), _multinomial, (Peer(SKLEARN),)),
-    Workload("small", "one small call, one thread", (32, 10), _forward, (Peer(TORCH),)),
+    Workload("log-loss", "log_loss, float64", SHORT, _log_loss, (Peer(SKLEARN, 25, 60),)),
+    Workload("multinomial", "loss and gradient, float64", (100_000, 100), _multinomial, (Peer(SKLEARN, 5, 10),)),
+    Workload("small", "one small call, one thread", (32, 10), _forward, (Peer(TORCH, 2, 5),)),
 )
 BY_NAME = {workload.name: workload for workload in WORKLOADS}

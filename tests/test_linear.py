@@ -314,7 +314,7 @@ GROWTH = """
 import sys
 import numpy as np, ml_dtypes
 import ce_fast as ce
-from ce_fast import bench
+from ce_fast import measure
 dtype, call = sys.argv[1:]
 def made(n_rows, n_classes, n_features):
     rng = np.random.default_rng(0)
@@ -323,7 +323,7 @@ def made(n_rows, n_classes, n_features):
     loss, target = ce.LinearCrossEntropyLoss(n_threads=2), rng.integers(0, n_classes, n_rows)
     return lambda: getattr(loss, call)(hidden, classifier, target)
 made(64, 64, 32)()
-print(bench.peak_growth(made(4096, 20000, 128)))
+print(measure.peak_growth(made(4096, 20000, 128)))
 """
 
 

@@ -332,7 +332,7 @@ def test_module_checks_its_options_when_it_is_made(options):
 
 GROWTH = """
 import torch
-from ce_fast import bench
+from ce_fast import measure
 from ce_fast.adapters.torch import linear_cross_entropy
 torch.set_num_threads(2)
 def made(n_rows, n_classes, n_features):
@@ -340,7 +340,7 @@ def made(n_rows, n_classes, n_features):
     target = torch.randint(n_classes, (n_rows,))
     return lambda: linear_cross_entropy(*layer, target).backward()
 made(64, 64, 32)()
-print(bench.peak_growth(made(4096, 20000, 128)))
+print(measure.peak_growth(made(4096, 20000, 128)))
 """
 
 

@@ -1,6 +1,6 @@
 """Loss and backward through torch: ours and torch's own, with as many threads."""
 
-from ce_fast import bench, workloads
+from ce_fast import measure, workloads
 
 
 class Backward:
@@ -16,7 +16,7 @@ class Backward:
             from ce_fast.adapters.torch import cross_entropy
         else:
             from torch.nn.functional import cross_entropy
-        torch.set_num_threads(bench.thread_count())
+        torch.set_num_threads(measure.thread_count())
         logits, target = workloads.make_logits(tuple(map(int, shape.split("x"))), dtype)
         self.cross_entropy = cross_entropy
         self.input, self.target = workloads.as_tensor(logits).requires_grad_(), torch.from_numpy(target)

@@ -1,7 +1,7 @@
 """Hidden states and a classifier: loss and gradients, ours and torch's, with as many threads."""
 
 import ce_fast
-from ce_fast import bench, workloads
+from ce_fast import measure, workloads
 
 WHO = {  # the workload and the call
     "ce_fast": ("linear", workloads.OURS),
@@ -18,13 +18,13 @@ class Linear:
 
     def setup(self, who):
         name, called = WHO[who]
-        calls = workloads.BY_NAME[name].setup(SHAPE, bench.thread_count())
+        calls = workloads.BY_NAME[name].setup(SHAPE, measure.thread_count())
         if called not in calls:
             raise NotImplementedError("torch, or a function of it, is not installed")
         if workloads.installed("torch"):
             import torch
 
-            torch.set_num_threads(bench.thread_count())
+            torch.set_num_threads(measure.thread_count())
         self.call = calls[called]
 
     def time_loss_and_gradients(self, who):

@@ -3,7 +3,7 @@
 import numpy as np
 
 import ce_fast
-from ce_fast import bench, workloads
+from ce_fast import measure, workloads
 
 SHAPES = {
     "256x50257": ((256, 50257), None),
@@ -131,7 +131,7 @@ class Threads:
     param_names = ("n_threads",)
 
     def setup(self, n_threads):
-        if n_threads > bench.thread_count():
+        if n_threads > measure.thread_count():
             raise NotImplementedError("more threads than this machine gives")
         self.logits, self.target = _logits(LONG)
         self.loss = ce_fast.CrossEntropyLoss(n_threads=n_threads)

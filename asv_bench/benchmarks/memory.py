@@ -3,7 +3,7 @@
 import numpy as np
 
 import ce_fast
-from ce_fast import bench, workloads
+from ce_fast import measure, workloads
 
 
 class Peak:
@@ -26,14 +26,23 @@ class Peak:
 
 
 class Growth:
-    params = (workloads.OURS, workloads.TORCH)
-    param_names = ("who",)
+    """Bytes that one call takes beyond its input and its results: ours, and whom we compare with."""
+
+    params = tuple(
+        f"{w.name} / {who}"
+        for w in workloads.WORKLOADS
+        if w.memory
+        for who in (workloads.OURS, *(bar.peer for bar in w.memory))
+    )
+    param_names = ("work / who",)
     unit = "bytes"
+    timeout = 600
 
-    def setup(self, who):
-        if who == workloads.TORCH and not workloads.installed("torch"):
-            raise NotImplementedError("torch is not installed")
+    def setup(self, pair):
+        name, who = pair.split(" / ")
+        if who not in workloads.BY_NAME[name].who():
+            raise NotImplementedError(f"{who} is not installed")
 
-    def track_forward_growth(self, who):
-        growth = bench.forward_growth(who)
+    def track_growth(self, pair):
+        growth = measure.growth(*pair.split(" / "))
         return np.nan if growth is None else growth

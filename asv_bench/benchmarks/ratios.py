@@ -1,8 +1,15 @@
-"""How many times as long as ours a peer takes: the workloads of `python -m ce_fast.bench`, each measured in turns."""
+"""How many times as long as ours a peer takes, and as much memory: the lines of `python -m ce_fast.bench`."""
 
-from ce_fast import bench, workloads
+from dataclasses import replace
+
+import numpy as np
+
+from ce_fast import bench, measure, workloads
 
 PAIRS = {f"{w.name} / {peer.name}": (w, peer.name) for w in workloads.WORKLOADS for peer in w.peers}
+MEMORY = {
+    f"{w.name} / {bar.peer}": (replace(w, memory=(bar,)), bar.peer) for w in workloads.WORKLOADS for bar in w.memory
+}
 
 
 class Ratio:
@@ -12,14 +19,32 @@ class Ratio:
     timeout = 600
 
     def setup(self, pair):
-        workload, peer = PAIRS[pair]
-        self.n_threads = bench.thread_count(workload.shape)
+        workload, self.peer = PAIRS[pair]
+        if not {workloads.OURS, self.peer} <= workload.who():
+            raise NotImplementedError(f"{self.peer}, or what ours needs, is not installed")
+        self.n_threads = measure.thread_count(workload.shape)
         calls = workload.setup(workload.shape, self.n_threads)
-        if not {workloads.OURS, peer} <= set(calls):
-            raise NotImplementedError(f"{peer}, or what ours needs, is not installed")
-        self.peer, self.calls = peer, {name: calls[name] for name in (workloads.OURS, peer)}
+        self.calls = {name: calls[name] for name in (workloads.OURS, self.peer)}
 
     def track_ratio(self, pair):
-        with bench.torch_threads(self.n_threads):
-            seconds = bench.medians(self.calls, repeats=5)
+        with measure.torch_threads(self.n_threads):
+            seconds = measure.medians(self.calls, repeats=5)
         return seconds[self.peer] / seconds[workloads.OURS]
+
+
+class MemoryRatio:
+    """Of what one call takes beyond its input and its results; a page counts where ours takes less."""
+
+    params = tuple(MEMORY)
+    param_names = ("work / peer",)
+    unit = "ratio"
+    timeout = 600
+
+    def setup(self, pair):
+        workload, peer = MEMORY[pair]
+        if not {workloads.OURS, peer} <= workload.who():
+            raise NotImplementedError(f"{peer}, or what ours needs, is not installed")
+
+    def track_memory_ratio(self, pair):
+        (row,) = bench.measure_memory(MEMORY[pair][0])
+        return np.nan if row.ratio is None else row.ratio
