@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = {
     "__init__", "config", "distillation", "engine", "inputs", "losses", "plan", "reduction", "threads", "top_k",
-    "backends/__init__", "backends/compiled", "backends/numba", "backends/numba_elements", "backends/numba_math",
-    "backends/numba_rows",
+    "backends/__init__", "backends/compiled", "backends/numba", "backends/numba_columns", "backends/numba_elements",
+    "backends/numba_math", "backends/numba_rows",
     "adapters/__init__", "adapters/numpy", "adapters/sklearn", "adapters/torch",
     "adapters/torch_autograd",
 }  # fmt: skip

@@ -6,6 +6,7 @@ fork (omp) or two Python threads (workqueue). Rows of class indices are read and
 logits' size is made.
 """
 
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ import numba
 import numpy as np
 
 from ce_fast.backends import RULES, ElementJob, Job, Rows
+from ce_fast.backends.numba_columns import MOST_CLASSES, STRIP
+from ce_fast.backends.numba_columns import columns as _columns
 from ce_fast.backends.numba_elements import elements as _elements
 from ce_fast.backends.numba_math import BFLOAT16, FLOAT16, NATIVE, add, jit, make_temperature
 from ce_fast.backends.numba_rows import divergence_rows as _divergence_rows
@@ -125,24 +128,67 @@ def _storage(array: np.ndarray) -> tuple[np.ndarray, int]:
     return (array if held == NATIVE else array.view(np.uint16)), held
 
 
+def _readable(array: np.ndarray | None, dtype: np.dtype) -> bool:
+    """Whether kernels can work on the array where it is, in the compute dtype given."""
+    kinds = {"float64"} if dtype == np.float64 else {"float32", *_HELD}
+    if array is None:
+        return True
+    return array.flags.aligned and array.flags.writeable and array.dtype.isnative and array.dtype.name in kinds
+
+
 def _in_place(job: Job, plan: Plan) -> bool:
-    """Whether the kernel can read the logits where they are, and write the gradient."""
-    kinds = {"float64"} if plan.compute_dtype == np.float64 else {"float32", *_HELD}
+    """Whether the kernels can read the logits where they are, and write the gradient, but for strides."""
+    dtype = plan.compute_dtype
+    plain = job.soft is None and job.off == 0 and job.hess is None and job.left_out is None and job.softcap is None
+    return plain and not job.rule.startswith("kl_") and _readable(job.logits, dtype) and _readable(job.out, dtype)
 
-    def readable(array):
-        flags = array.flags
-        good = flags.c_contiguous and flags.aligned and flags.writeable and array.dtype.isnative
-        return array.ndim == 2 and good and array.dtype.name in kinds
 
-    simple = (
-        not job.rule.startswith("kl_")
-        and job.soft is None
-        and job.off == 0
-        and job.hess is None
-        and job.left_out is None
-        and job.softcap is None
-    )
-    return simple and readable(job.logits) and (job.out is None or readable(job.out))
+def _contiguous_rows(array: np.ndarray | None) -> bool:
+    return array is None or (array.ndim == 2 and array.flags.c_contiguous)
+
+
+def _groups(array: np.ndarray) -> np.ndarray | None:
+    """An array (outer..., n_classes) as (groups, rows, n_classes), where that is a view."""
+    outer, strides = array.shape[:-1], array.strides
+    if any(strides[d] != strides[d + 1] * outer[d + 1] for d in range(1, len(outer) - 1)):
+        return None
+    n_groups = outer[0] if len(outer) > 1 else 1
+    return array.reshape(n_groups, math.prod(outer[1:]) if len(outer) > 1 else math.prod(outer), array.shape[-1])
+
+
+def _are_columns(job: Job, plan: Plan) -> bool:
+    """Whether rows of class indices are better taken many at a time."""
+    strided = job.logits.strides[-1] != job.logits.itemsize
+    most = MOST_CLASSES * (8 if strided else 1)
+    asked = job.rows.target is not None and job.lse is None and job.emit != "log_softmax"
+    arrays = [job.logits] if job.out is None else [job.logits, job.out]
+    few = plan.n_classes <= most and plan.n_rows >= STRIP
+    return few and asked and all(_groups(array) is not None for array in arrays)
+
+
+def _run_columns(job: Job, plan: Plan, first: int, last: int) -> float:
+    logits = _groups(job.logits)
+    out = None if job.out is None else _groups(job.out)
+    assert logits is not None and job.rows.target is not None
+    dtype, n_group, total = plan.compute_dtype, logits.shape[1], 0.0
+
+    def part(array, start, stop):
+        return _or_empty(None if array is None else array[start:stop])
+
+    while first < last:
+        group, row = divmod(first, n_group)
+        n = min(n_group - row, last - first)
+        x, stop = logits[group, row : row + n], first + n
+        total += _columns(
+            *_storage(x), *_storage(np.empty((n, 0), dtype) if out is None else out[group, row : row + n]),
+            np.empty(0, dtype), _int64(part(job.rows.target, first, stop)), job.rows.ignore_index,
+            _or_empty(job.rows.weight), part(job.rows.sample_weight, first, stop), part(job.upstream, first, stop),
+            job.z_loss, job.scale, out is not None, RULES.index(job.rule), job.parameter,
+            make_temperature(job.temperature, dtype), float(np.finfo(dtype).tiny),
+            np.empty(0, dtype) if job.loss is None else job.loss[first:stop],
+        )  # fmt: skip
+        first = stop
+    return total
 
 
 def _run_block(job: Job, plan: Plan, first: int, last: int, in_place: bool) -> float:
@@ -196,7 +242,7 @@ def _run_block(job: Job, plan: Plan, first: int, last: int, in_place: bool) -> f
 def _each_block(plan: Plan, work: Callable[[int, int], Any], most: int = 1) -> list:
     """The results of pieces of up to `most` blocks, in order; cut by the shape alone, so that the bits are."""
     n_blocks = -(-plan.n_rows // plan.block_rows)
-    step = plan.block_rows * max(1, min(most, n_blocks // 64))
+    step = plan.block_rows * max(1, min(most, n_blocks // 32))
     pieces = [(first, min(first + step, plan.n_rows)) for first in range(0, plan.n_rows, step)]
     if plan.n_threads == 1:
         return [work(*piece) for piece in pieces]
@@ -206,33 +252,44 @@ def _each_block(plan: Plan, work: Callable[[int, int], Any], most: int = 1) -> l
 
 def run(job: Job, plan: Plan) -> float:
     in_place = _in_place(job, plan)
-    most = MOST_BLOCKS if in_place else 1
-    sums = _each_block(plan, lambda first, last: _run_block(job, plan, first, last, in_place), most)
+    if in_place and _are_columns(job, plan):
+        sums = _each_block(plan, lambda first, last: _run_columns(job, plan, first, last), MOST_BLOCKS)
+    else:
+        in_place = in_place and _contiguous_rows(job.logits) and _contiguous_rows(job.out)
+        most = MOST_BLOCKS if in_place else 1
+        sums = _each_block(plan, lambda first, last: _run_block(job, plan, first, last, in_place), most)
     return _sum_in_order(np.array(sums, np.float64))
 
 
-def _run_elements_block(job: ElementJob, first: int, last: int) -> tuple[float, bool]:
-    n = last - first
+def _run_elements_block(job: ElementJob, dtype: np.dtype, first: int, last: int) -> tuple[float, bool]:
     place: Any = slice(first, last)
     if job.logits.ndim > 1:
         place = np.unravel_index(np.arange(first, last), job.logits.shape)
 
     def part(array):
-        return _EMPTY if array is None else array[place].astype(np.float64)
+        return np.empty(0, dtype) if array is None else _writable(array[place], dtype)
 
-    loss, out, hess = np.empty(n), np.empty(n), np.empty(n)
+    def room(array):
+        """Where the kernel may write: the array itself, if it can."""
+        if array is None:
+            return np.empty(0, dtype)
+        there = array.ndim == 1 and array.dtype == dtype and array.flags.c_contiguous
+        return array[place] if there else np.empty(last - first, dtype)
+
+    made = [room(array) for array in (job.loss, job.out, job.hess)]
     found = _elements(
         part(job.logits), part(job.target), part(job.weight), part(job.pos_weight), part(job.sample_weight),
         part(job.upstream), RULES.index(job.rule), job.gamma, -1.0 if job.alpha is None else job.alpha, job.on, job.off,
-        job.scale, job.hess_scale, job.floor, loss, out, hess,
+        job.scale, job.hess_scale, job.floor, *made,
     )  # fmt: skip
     with np.errstate(all="ignore"):
-        for given, made in ((job.loss, loss), (job.out, out), (job.hess, hess)):
-            if given is not None:
-                given[place] = made
+        for given, result in zip((job.loss, job.out, job.hess), made, strict=True):
+            if given is not None and not np.may_share_memory(given, result):
+                given[place] = result
     return found
 
 
 def run_elements(job: ElementJob, plan: Plan) -> tuple[float, bool]:
-    found = _each_block(plan, lambda first, last: _run_elements_block(job, first, last))
+    dtype = plan.compute_dtype if job.rule == "binary" else np.dtype(np.float64)
+    found = _each_block(plan, lambda first, last: _run_elements_block(job, dtype, first, last), 4)
     return _sum_in_order(np.array([total for total, _ in found])), any(bad for _, bad in found)

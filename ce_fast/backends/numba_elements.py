@@ -2,9 +2,13 @@
 
 import math
 
-from ce_fast.backends.numba_math import add, jit
+import numpy as np
+
+from ce_fast.backends.numba_math import TILE, add, exp, exp_args, jit, log1p, make_temperature, plus
 
 BINARY, BINARY_PROBABILITY, BINARY_FOCAL = range(6, 9)
+Z, Y, UP, DOWN, S, UPSTREAM, LOSS, GRAD, HESS = (i * TILE for i in range(9))
+ONE32, ONE64 = (make_temperature(1.0, np.dtype(real)) for real in (np.float32, np.float64))
 
 
 @jit
@@ -48,13 +52,6 @@ def _times(mass, value):
 
 
 @jit
-def _binary(z, down, up):
-    """(loss, gradient, Hessian): see `csrc/elements_tpl.h`, as for the others."""
-    _, p, q, above, below = _softplus_parts(z)
-    return _times(down, above) + _times(up, below), down * p - up * q, (down + up) * (p * q)
-
-
-@jit
 def _binary_probability(x, down, up):
     high, low = -math.log1p(-x), -math.log(x)
     high, low = 100.0 if high > 100 else high, 100.0 if low > 100 else low
@@ -80,27 +77,97 @@ def _binary_focal(z, y, gamma, alpha):
 
 
 @jit
-def elements(z, y, weight, pos_weight, sample_weight, upstream, rule, gamma, alpha, on, off, scale, hess_scale, floor,
-              loss, out, hess):  # fmt: skip
-    """(sum of the losses, whether a target that counts is outside [0, 1])"""
-    total, lost, bad = 0.0, 0.0, False
-    for i in range(z.size):
-        s = sample_weight[i] if sample_weight.size else 1.0
-        if s == 0:
-            loss[i] = out[i] = hess[i] = 0.0
-            continue
-        bad = bad or y[i] < 0 or y[i] > 1
-        w = weight[i] if weight.size else 1.0
-        up = (pos_weight[i] if pos_weight.size else 1.0) * (w * (on * y[i] + off))
-        down = w * (on * (1 - y[i]) + off)
+def _read(array, first, n, tile):
+    """tile <- array[first : first + n], or 1 where there is no array"""
+    for k in range(n):
+        tile[k] = array[first + k] if array.size else 1
+
+
+@jit
+def _masses(work, n, on, off):
+    """What pulls z up and what pulls it down, of weight in UP and pos_weight in DOWN; whether a target is bad."""
+    bad, zero, one = 0, on - on, (on - on) + 1
+    for k in range(n):
+        y, w, pos = work[Y + k], work[UP + k], work[DOWN + k]
+        bad |= ((y < zero) | (y > one)) & (work[S + k] != zero)
+        work[UP + k] = pos * (w * (on * y + off))
+        work[DOWN + k] = w * (on * (one - y) + off)
+    return bad != 0
+
+
+@jit
+def _binary_tile(work, n):
+    """loss = down softplus(z) + up softplus(-z);  gradient down p - up (1 - p);  Hessian (down + up) p (1 - p)"""
+    real = work.dtype.type
+    zero, one = real(0), real(1)
+    args = exp_args(0.0, 0.0, ONE32 if work.itemsize == 4 else ONE64, work)
+    for k in range(n):
+        z, up, down = work[Z + k], work[UP + k], work[DOWN + k]
+        e = exp(z if z < zero else -z, args)
+        rest, most = log1p(e), one / (one + e)
+        least = e * most
+        p, q = (least, most) if z < zero else (most, least)
+        above, below = (z if z > zero else zero) + rest, (-z if z < zero else zero) + rest
+        high = zero if (down == zero) & (above == above) else down * above  # 0 * inf is 0 here, NaN stays
+        low = zero if (up == zero) & (below == below) else up * below
+        work[LOSS + k] = high + low
+        work[GRAD + k] = down * p - up * q
+        work[HESS + k] = (down + up) * (p * q)
+
+
+@jit
+def _other_tile(work, n, rule, gamma, alpha):
+    for k in range(n):
         if rule == BINARY_FOCAL:
-            f, g, h = _binary_focal(z[i], y[i], gamma, alpha)
-        elif rule == BINARY_PROBABILITY:
-            f, g, h = _binary_probability(z[i], down, up)
+            f, g, h = _binary_focal(float(work[Z + k]), float(work[Y + k]), gamma, alpha)
         else:
-            f, g, h = _binary(z[i], down, up)
-        u = upstream[i] if upstream.size else 1.0
-        loss[i], out[i] = s * f, scale * s * u * g
-        hess[i] = max(hess_scale * s * u * h, floor)
-        total, lost = add(total, lost, s * f)
+            f, g, h = _binary_probability(float(work[Z + k]), float(work[DOWN + k]), float(work[UP + k]))
+        work[LOSS + k], work[GRAD + k], work[HESS + k] = f, g, h
+
+
+@jit
+def _scale(work, n, scale, hess_scale, floor):
+    """The weights, onto the results; the sum of the losses. What does not count leaks nothing."""
+    total, zero = 0.0, scale - scale
+    for k in range(n):
+        s = work[S + k]
+        h = hess_scale * s * work[UPSTREAM + k] * work[HESS + k]
+        loss = zero if s == zero else s * work[LOSS + k]
+        work[LOSS + k] = loss
+        work[GRAD + k] = zero if s == zero else scale * s * work[UPSTREAM + k] * work[GRAD + k]
+        work[HESS + k] = zero if s == zero else (floor if h < floor else h)
+        total = plus(total, np.float64(loss))
+    return total
+
+
+@jit
+def _write(tile, array, first, n):
+    if array.size:
+        array[first : first + n] = tile[:n]
+
+
+@jit
+def elements(z, y, weight, pos_weight, sample_weight, upstream, rule, gamma, alpha, on, off, scale, hess_scale, floor,
+             loss, out, hess):  # fmt: skip
+    """(sum of the losses, whether a target that counts is outside [0, 1])"""
+    work = np.empty(9 * TILE, z.dtype)  # one array: LLVM then knows that its parts do not overlap
+    real = z.dtype.type
+    total, lost, bad = 0.0, 0.0, False
+    for j in range(0, z.size, TILE):
+        n = min(TILE, z.size - j)
+        _read(z, j, n, work[Z:])
+        _read(y, j, n, work[Y:])
+        _read(weight, j, n, work[UP:])
+        _read(pos_weight, j, n, work[DOWN:])
+        _read(sample_weight, j, n, work[S:])
+        _read(upstream, j, n, work[UPSTREAM:])
+        bad |= _masses(work, n, real(on), real(off))
+        if rule == BINARY:
+            _binary_tile(work, n)
+        else:
+            _other_tile(work, n, rule, gamma, alpha)
+        total, lost = add(total, lost, _scale(work, n, real(scale), real(hess_scale), real(floor)))
+        _write(work[LOSS:], loss, j, n)
+        _write(work[GRAD:], out, j, n)
+        _write(work[HESS:], hess, j, n)
     return total, bad

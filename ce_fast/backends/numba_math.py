@@ -102,6 +102,26 @@ def _exp_overload(x, args):
     return exp32 if x == types.float32 else exp64
 
 
+def log1p(e):
+    """log(1 + e) = 2 atanh(e / (2 + e)) for 0 <= e <= 1, by its series. For jitted code alone."""
+    raise NotImplementedError
+
+
+@overload(log1p, jit_options={"error_model": "numpy", "fastmath": {"contract"}})
+def _log1p_overload(e):
+    real, terms = (np.float32, 8) if e == types.float32 else (np.float64, 17)
+
+    def series(e):
+        s = e / (real(2) + e)
+        v = s * s
+        total = real(0)
+        for i in range(terms):
+            total = (total + real(1) / real(2 * (terms - i) + 1)) * v
+        return real(2) * (s + s * total)
+
+    return series
+
+
 @jit
 def exp_scaled(d, n, t):
     """exp(d / T) 2^-n in double precision, for the few scalars of a row"""
