@@ -80,7 +80,7 @@ def scan_targets(rows: Rows, n_rows: int, n_classes: int) -> tuple[int, int, flo
 
 def _writable(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """As kernels take it, copied where it is not so: a read-only array would be one more type to compile for."""
-    return np.require(array, dtype, "CAW")
+    return np.require(array, dtype, ("C", "A", "W"))
 
 
 def _or_empty(array: np.ndarray | None) -> np.ndarray:

@@ -21,12 +21,15 @@ from ce_fast.backends.numba_math import (
     exp_args,
     jit,
     load,
+    log1p,
     store,
-)
-from ce_fast.backends.numba_rows import _combine, _log_parts, _term
+    twice_atanh,
+)  # fmt: skip
+from ce_fast.backends.numba_rows import _combine, _term
 
 MOST_CLASSES = 64
 STRIP = 256  # rows: with 10 classes of float32 10 KiB
+BASE, N, REST, X_T, NLL, P_T, P_REST, LSE, SUM = (i * STRIP for i in range(9))  # of one array, so that none overlap
 
 
 @jit
@@ -48,22 +51,54 @@ def _top(z, top):
 
 
 @jit
-def _references(top, m, lanes, t):
-    """m[:, i] = base and n of row i; lanes[:, i] the same as `exp` takes them"""
+def _references(top, work, lanes, t):
+    """BASE and N of each row, and what `exp` of the compute dtype takes of them to lanes"""
     ln2 = t[HIGH] + t[LOW]
     for i in range(STRIP):
         x = float(top[i])
         near = abs(x) < BASE_LIMIT * t[VALUE]
         base = 0.0 if near or not math.isfinite(x) else x
         n = (math.floor(x * t[LOG2E] + 0.5) if near else 0.0) - LEAD
-        m[0, i], m[1, i] = base, n
+        work[BASE + i], work[N + i] = base, n
         lanes[0, i], lanes[1, i], lanes[2, i] = base, (n - t[BIAS] + 2) * ln2, t[MAGIC] + t[BIAS] - n
 
 
 @jit
-def _exp_strip(z, lanes, args, sums):
-    """z <- exp(z - m), and their sums"""
-    sums[:] = 0
+def _log(v):
+    """(k, log f) of a normal number v = 2^k f, 0.7 < f < 1.42"""
+    bits = np.float64(v).view(np.int64)
+    k = (bits - 0x3FE6A09E667F3BCD) >> 52
+    f = np.int64(bits - (k << 52)).view(np.float64)
+    return float(k), twice_atanh((f - 1.0) / (f + 1.0))
+
+
+@jit
+def _log_parts_strip(work, t):
+    """`_log_parts` of each row: REST and X_T in; NLL, P_T, P_REST, LSE, SUM out"""
+    value, log2e, high, low = t[VALUE], t[LOG2E], t[HIGH], t[LOW]
+    for i in range(STRIP):
+        base, n, rest, x_t = work[BASE + i], work[N + i], work[REST + i], work[X_T + i]
+        magic, cutoff = 1.5 * 2.0**52 + 1023.0 - n, (n - 1021.0) * (high + low)
+        e_t = exp(x_t, (base, cutoff, log2e, magic, high, low, 0.0, 1.0 / value))
+        near = e_t >= rest
+        odds = (rest if near else e_t) / (e_t if near else rest)
+        tail, most = log1p(odds), 1.0 / (1.0 + odds)
+        k, log_f = _log(rest)
+        k += n  # against 0, or against base
+        log_sum = log_f + tail
+        from_t = ((base - x_t) + k * high) + k * low  # k * high is exact
+        from_0 = (base + k * high) + k * low
+        work[NLL + i] = tail if near else from_t / value + log_sum
+        work[LSE + i] = x_t / value + tail if near else from_0 / value + log_sum
+        work[P_T + i] = most if near else odds * most
+        work[P_REST + i] = odds * most if near else most
+        work[SUM + i] = rest + e_t
+
+
+@jit
+def _exp_strip(z, lanes, args, work):
+    """z <- exp(z - m), and their sums to REST"""
+    work[REST : REST + STRIP] = 0
     _, _, log2e, _, ln2_a, ln2_b, ln2_c, inverse = args
     base, cutoff, magic = lanes[0], lanes[1], lanes[2]
     for k in range(z.shape[0]):
@@ -71,7 +106,7 @@ def _exp_strip(z, lanes, args, sums):
         for i in range(STRIP):
             e = exp(row[i], (base[i], cutoff[i], log2e, magic[i], ln2_a, ln2_b, ln2_c, inverse))
             row[i] = e
-            sums[i] += e
+            work[REST + i] += e
 
 
 @jit
@@ -91,7 +126,7 @@ def columns(x, holds, out, out_holds, real, target, ignore_index, weight, sample
     n_classes = x.shape[1]
     z = np.empty((n_classes, STRIP), real.dtype)
     top, lanes = np.empty(STRIP, real.dtype), np.empty((3, STRIP), real.dtype)
-    m, rest, factor, x_t, g_t = np.empty((2, STRIP)), np.empty(STRIP), np.empty(STRIP), np.empty(STRIP), np.empty(STRIP)
+    work, factor, g_t = np.zeros(9 * STRIP), np.empty(STRIP), np.empty(STRIP)
     args = exp_args(0.0, 0.0, temperature, real)
     counts = np.empty(STRIP, np.bool_)
     total, lost = 0.0, 0.0
@@ -103,18 +138,19 @@ def columns(x, holds, out, out_holds, real, target, ignore_index, weight, sample
             if not counts[i]:
                 z[:, i] = 0
         _top(z, top)
-        _references(top, m, lanes, temperature)
+        _references(top, work, lanes, temperature)
         for i in range(n):
             if counts[i]:
-                x_t[i] = z[target[j + i], i]
+                work[X_T + i] = z[target[j + i], i]
                 z[target[j + i], i] = -np.inf
-        _exp_strip(z, lanes, args, rest)
+        _exp_strip(z, lanes, args, work)
+        _log_parts_strip(work, temperature)
         factor[:] = 0
         for i in range(n):
             row_loss = 0.0
             if counts[i]:
                 w_t = weight[target[j + i]] if weight.size else 1.0
-                nll, p_t, p_rest, lse, _, e_sum = _log_parts(m[0, i], m[1, i], 0.0, rest[i], x_t[i], temperature)
+                nll, p_t, p_rest, lse = work[NLL + i], work[P_T + i], work[P_REST + i], work[LSE + i]
                 if top[i] == np.inf:
                     nll = p_t = p_rest = lse = math.nan
                 loss_t, slope_t = _term(rule, parameter, nll, p_t, p_rest)
@@ -122,7 +158,7 @@ def columns(x, holds, out, out_holds, real, target, ignore_index, weight, sample
                 s = sample_weight[j + i] if sample_weight.size else 1.0
                 u = s * scale * (upstream[j + i] if upstream.size else 1.0)
                 row_loss *= s
-                factor[i] = math.nan if math.isnan(lse) else u * a / e_sum
+                factor[i] = math.nan if math.isnan(lse) else u * a / work[SUM + i]
                 g_t[i] = math.nan if math.isnan(lse) else u * g
             total, lost = add(total, lost, row_loss)
             if loss.size:

@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 
+from ce_fast.backends import RULES
 from ce_fast.backends.numba_math import TILE, add, exp, exp_args, jit, log1p, make_temperature, plus
 
-BINARY, BINARY_PROBABILITY, BINARY_FOCAL = range(6, 9)
+BINARY, BINARY_PROBABILITY, BINARY_FOCAL = map(RULES.index, ("binary", "binary_probability", "binary_focal"))
 Z, Y, UP, DOWN, S, UPSTREAM, LOSS, GRAD, HESS = (i * TILE for i in range(9))
 ONE32, ONE64 = (make_temperature(1.0, np.dtype(real)) for real in (np.float32, np.float64))
 

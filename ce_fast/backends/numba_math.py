@@ -102,17 +102,16 @@ def _exp_overload(x, args):
     return exp32 if x == types.float32 else exp64
 
 
-def log1p(e):
-    """log(1 + e) = 2 atanh(e / (2 + e)) for 0 <= e <= 1, by its series. For jitted code alone."""
+def twice_atanh(s):
+    """2 atanh(s) for |s| <= 1/3, by its series. For jitted code alone."""
     raise NotImplementedError
 
 
-@overload(log1p, jit_options={"error_model": "numpy", "fastmath": {"contract"}})
-def _log1p_overload(e):
-    real, terms = (np.float32, 8) if e == types.float32 else (np.float64, 17)
+@overload(twice_atanh, jit_options={"error_model": "numpy", "fastmath": {"contract"}})
+def _twice_atanh_overload(s):
+    real, terms = (np.float32, 8) if s == types.float32 else (np.float64, 17)
 
-    def series(e):
-        s = e / (real(2) + e)
+    def series(s):
         v = s * s
         total = real(0)
         for i in range(terms):
@@ -120,6 +119,17 @@ def _log1p_overload(e):
         return real(2) * (s + s * total)
 
     return series
+
+
+def log1p(e):
+    """log(1 + e) for 0 <= e <= 1, exact also where e is tiny. For jitted code alone."""
+    raise NotImplementedError
+
+
+@overload(log1p)
+def _log1p_overload(e):
+    two = np.float32(2) if e == types.float32 else np.float64(2)
+    return lambda e: twice_atanh(e / (two + e))
 
 
 @jit
