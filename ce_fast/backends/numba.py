@@ -80,6 +80,8 @@ def scan_targets(rows: Rows, n_rows: int, n_classes: int) -> tuple[int, int, flo
 
 def _writable(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """As kernels take it, copied where it is not so: a read-only array would be one more type to compile for."""
+    if array.dtype == dtype and array.flags.carray:
+        return array
     return np.require(array, dtype, ("C", "A", "W"))
 
 
@@ -126,16 +128,16 @@ def _logits_block(job: Job, dtype: np.dtype, first: int, last: int) -> tuple[np.
 
 def _storage(array: np.ndarray) -> tuple[np.ndarray, int]:
     """An array as Numba reads it, and what it holds."""
-    held = _HELD.get(array.dtype.name, NATIVE)
+    held = NATIVE if array.itemsize > 2 else _HELD[array.dtype.name]
     return (array if held == NATIVE else array.view(np.uint16)), held
 
 
 def _readable(array: np.ndarray | None, dtype: np.dtype) -> bool:
     """Whether kernels can work on the array where it is, in the compute dtype given."""
-    kinds = {"float64"} if dtype == np.float64 else {"float32", *_HELD}
     if array is None:
         return True
-    return array.flags.aligned and array.flags.writeable and array.dtype.isnative and array.dtype.name in kinds
+    known = array.dtype == dtype or (dtype == np.float32 and array.dtype.isnative and array.dtype.name in _HELD)
+    return known and array.flags.aligned and array.flags.writeable
 
 
 def _in_place(job: Job, plan: Plan) -> bool:
