@@ -1,6 +1,8 @@
 """Which backend runs, what is said when one is missing, and what an import costs."""
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -122,6 +124,17 @@ print(sum(backend._rows.stats.cache_misses.values()), sum(backend._rows.stats.ca
     first, _ = run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
     second, _ = run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
     assert (first, second) == ("1 0", "0 1")
+
+
+@pytest.mark.parametrize("real, lanes", [("float32", "float"), ("float64", "double")])
+def test_numba_takes_exp_of_several_logits_at_once(real, lanes):
+    """Compiled anew, for the cache keeps no code to look at: the loop that all long rows run multiplies vectors."""
+    numba = pytest.importorskip("numba")
+    math = importlib.import_module("ce_fast.backends.numba_math")
+    kind = getattr(numba.types, real)
+    exp_run = numba.njit((kind[::1], numba.types.UniTuple(kind, 8)), error_model="numpy")(math._exp_run.py_func)
+    (code,) = exp_run.inspect_llvm().values()
+    assert re.search(rf"= fmul [^<\n]*<(vscale x )?\d+ x {lanes}>", code)
 
 
 def test_backends_agree_to_rounding(dtype, rng):

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = {
     "__init__", "config", "distillation", "engine", "inputs", "linear", "losses", "plan", "reduction", "threads",
     "top_k",
-    "backends/__init__", "backends/compiled", "backends/numba",
+    "backends/__init__", "backends/compiled", "backends/numba", "backends/numba_columns", "backends/numba_elements",
+    "backends/numba_math", "backends/numba_rows",
     "adapters/__init__", "adapters/numpy", "adapters/sklearn", "adapters/torch",
     "adapters/torch_autograd", "adapters/torch_linear",
 }  # fmt: skip
