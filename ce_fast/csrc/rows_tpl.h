@@ -20,6 +20,8 @@
 #define CE_ROWS_COMMON
 #define CE_MARGIN 1.0
 #define CE_LEAD 23 /* terms 2^-23 under the smallest normal still count: 152,064 of them may add up to it */
+#define CE_STREAM (1 << 23)      /* bytes of a gradient that caches do not hold anyway */
+enum { CE_STORE_NOT, CE_STORE, CE_STORE_FAR };
 #define CE_RUN 256 /* elements summed in REAL: on a row of equal logits runs of 1024 lost 4.5 ulp, these lose 1 */
 #define CE_LANES 32 /* partial sums of a tile; a multiple of every vector length, and tiles are padded to it */
 #endif
@@ -185,10 +187,11 @@ static REAL NAME(tile_max)(const REAL *x, int64_t n)
     return lanes[0];
 }
 
-/* sum_k exp(z_k - m) over n elements, a multiple of n_lanes, and with store != 0 the terms to e, which may be x. Meanwhile
-   what will be read next, at `ahead`, comes into the cache, one byte range of the elements' size after another. */
-CE_INLINE double NAME(lanes_exp)(const REAL *x, REAL *e, int store, int64_t n, NAME(exp_args) args, const char *ahead,
-                                 int64_t size, const int n_lanes)
+/* sum_k exp(z_k - m) over n elements, a multiple of n_lanes, and with `store` the terms to e, which may be x. Meanwhile
+   come into the cache what will be read next, at `ahead`, elements of `size` bytes, and with CE_STORE_FAR the next tile of
+   e: [1024, 50257] took 11.1 ms without the one, its gradient 18.8 without the other, 8.5 and 15.7 with them. */
+CE_INLINE double NAME(lanes_exp)(const REAL *x, REAL *e, const int store, int64_t n, NAME(exp_args) args,
+                                 const char *ahead, int64_t size, const int n_lanes)
 {
     double sums[CE_LANES] = {0};
     const int64_t run = CE_RUN / CE_LANES * n_lanes;
@@ -198,6 +201,8 @@ CE_INLINE double NAME(lanes_exp)(const REAL *x, REAL *e, int store, int64_t n, N
         for (int64_t k = j; k < end; k += n_lanes) {
             for (int line = 0; line < n_lanes * (int)sizeof(REAL); line += 64)
                 __builtin_prefetch(ahead + k * size + line);
+            for (int line = 0; store == CE_STORE_FAR && line < n_lanes * (int)sizeof(REAL); line += 64)
+                __builtin_prefetch((const char *)(e + k + CE_TILE) + line, 1);
 #pragma GCC ivdep
             for (int l = 0; l < n_lanes; l++) {
                 REAL v = NAME(exp)(x[k + l], args);
@@ -272,7 +277,7 @@ static NAME(sums) NAME(statistics)(const NAME(row) *row, double x_t)
         }
         REAL *e = (REAL *)row->out + j;
         row->tiles[j / CE_TILE] = s.m;
-        ce_add(&s.rest, NAME(tile_exp)(x, x == buffer ? buffer : e, 1, padded, s.exp, ahead, size));
+        ce_add(&s.rest, NAME(tile_exp)(x, x == buffer ? buffer : e, CE_STORE_FAR, padded, s.exp, ahead, size));
         if (x == buffer)
             memcpy(e, buffer, (size_t)n * sizeof(REAL));
     }
@@ -548,6 +553,13 @@ static int64_t NAME(anchor)(const NAME(row) *row, int64_t target)
     if (row->left_out || (job->emit == CE_GRADIENT && !row->q)) /* the sum itself, or softmax, which need none */
         return -1;
     return NAME(argmax)(row, row->q != NULL);
+}
+
+/* whether a gradient goes past the caches: it is large, new, and nothing but the exponentials is asked of a class */
+static int NAME(streams)(const ce_job *job)
+{
+    int plain = job->emit == CE_GRADIENT && job->out.dtype == REAL_DTYPE && job->out.data != job->logits.data;
+    return plain && job->n_rows * job->n_classes * (int64_t)sizeof(REAL) >= CE_STREAM;
 }
 
 static double NAME(softmax_row)(const ce_job *job, int64_t i, int64_t target, double sample_weight, char *out,

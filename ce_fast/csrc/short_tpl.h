@@ -79,15 +79,18 @@ static void NAME(write_rows)(const ce_job *job, NAME(lanes) *l)
     for (int p = 0; p < l->n; p++) {
         char *out = job->out.data + NAME(offset)(job, &job->out, l->first + p);
         REAL *e = l->x + p * NAME(pitch)(job);
-        int direct = job->out.dtype == REAL_DTYPE && job->out.class_stride == sizeof(REAL);
-        REAL *g = direct ? (REAL *)out : e;
+        int contiguous = job->out.dtype == REAL_DTYPE && job->out.class_stride == sizeof(REAL);
+        int streams = contiguous && NAME(streams)(job);
+        REAL *g = contiguous && !streams ? (REAL *)out : e;
         if (l->t[p] < 0) {
             NAME(write_constant)(job, &job->out, out, 0);
             continue;
         }
         NAME(scale_tile)(e, g, job->n_classes, l->a[p] * l->inverse[p] * l->scale[p]);
         g[l->t[p]] = (REAL)(l->g_t[p] * l->scale[p]);
-        if (!direct)
+        if (streams)
+            ce_stream(out, (const char *)g, job->n_classes * (int64_t)sizeof(REAL));
+        else if (!contiguous)
             NAME(store)(out, job->out.class_stride, job->out.dtype, job->n_classes, g);
     }
 }

@@ -5,6 +5,9 @@
 #define CE_STORAGE_COMMON
 #include <stdint.h>
 #include <string.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 #include "ce_fast.h"
 
 CE_INLINE float ce_as_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
@@ -31,6 +34,30 @@ CE_INLINE float ce_to_odd(double v)
     uint32_t u = ce_as_bits(f), down = (v < 0 ? back < v : back > v) ? 1 : 0; /* away from zero: step back */
     u = back == v || v != v ? u : (u - down) | 1;
     return ce_as_float(u);
+}
+
+/* n bytes past the caches: lines that are written whole are not read before. A gradient of [100000, 100] float64 takes
+   7.4 ms so in place of 12.0; of long rows, which have little to compute between, 25 ms in place of 19. ce_flush must
+   follow before another thread reads them. */
+CE_INLINE void ce_stream(char *to, const char *from, int64_t n)
+{
+#ifdef __SSE2__
+    int64_t i = (int64_t)(-(uintptr_t)to & 15);
+    i = i < n ? i : n;
+    memcpy(to, from, (size_t)i);
+    for (; i + 16 <= n; i += 16)
+        _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
+    memcpy(to + i, from + i, (size_t)(n - i));
+#else
+    memcpy(to, from, (size_t)n);
+#endif
+}
+
+CE_INLINE void ce_flush(void)
+{
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
 }
 
 /* to nearest, ties to even; NaN stays NaN */

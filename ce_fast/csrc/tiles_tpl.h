@@ -83,8 +83,12 @@ CE_INLINE void NAME(each_class)(const ce_job *job, const ce_array *array, int64_
             done += run;
             continue;
         }
+        int streams = store && stride == (int64_t)sizeof(REAL) && NAME(streams)(job);
         for (int64_t j = 0; j < n_classes; j++)
-            if (store)
+            if (streams)
+                ce_stream(row + j * array->class_stride, (const char *)(l->x + j * PITCH + done),
+                          run * (int64_t)sizeof(REAL));
+            else if (store)
                 NAME(store)(row + j * array->class_stride, stride, array->dtype, run, l->x + j * PITCH + done);
             else
                 NAME(load)(row + j * array->class_stride, stride, array->dtype, run, l->x + j * PITCH + done);

@@ -136,6 +136,7 @@ static void NAME(rows)(const ce_job *job, int64_t first, int64_t last, void *scr
         for (; i < end; i++)
             ce_add(&tally->loss, NAME(run_row)(job, i, scratch, of_row));
     }
+    ce_flush();
 }
 #undef ROWS
 #undef LANES
