@@ -12,6 +12,7 @@
 typedef struct {
     int64_t first; /* the row of the first lane */
     int n, padded; /* rows, and whole blocks of LANES */
+    int all;       /* all of them count */
     SINT t[ROWS];              /* the target; -1: the row does not count */
     REAL x_t[ROWS], ref[ROWS]; /* of the target; the n of the reference */
     double s[ROWS], w[ROWS];   /* weight of the sample, and times that of the target's class; 0 if it does not count */
@@ -43,27 +44,47 @@ static void NAME(load_targets)(const ce_job *job, NAME(lanes) *l, ce_tally *tall
     ce_read_targets(job->target, job->target_type, l->first, l->n, target);
     for (int p = l->n; p < l->padded; p++)
         target[p] = ignore_index;
-    for (int p = 0; p < l->padded; p++)
-        l->s[p] = 1;
     for (int p = 0; p < l->n && job->sample_weight; p++)
-        l->s[p] = job->sample_weight[l->first + p];
+        target[p] = job->sample_weight[l->first + p] == 0 ? ignore_index : target[p];
     int64_t bad = 0, counted = 0;
     for (int p = 0; p < l->padded; p++) {
-        int64_t counts = (target[p] != ignore_index) & (l->s[p] != 0);
-        int64_t known = (uint64_t)target[p] < (uint64_t)n_classes;
-        bad += counts & !known;
-        counted += counts & known;
-        l->t[p] = counts & known ? (SINT)target[p] : -1;
-        l->s[p] = counts & known ? l->s[p] : 0;
-        l->w[p] = l->s[p];
+        int64_t asked = target[p] != ignore_index, known = (uint64_t)target[p] < (uint64_t)n_classes;
+        bad += asked & !known;
+        counted += asked & known;
+        l->t[p] = asked & known ? (SINT)target[p] : -1;
+        l->s[p] = l->w[p] = asked & known ? 1 : 0;
     }
     for (int p = 0; p < l->n && bad && tally->bad < 0; p++)
-        if (l->t[p] < 0 && target[p] != ignore_index && !(job->sample_weight && job->sample_weight[l->first + p] == 0))
+        if (l->t[p] < 0 && target[p] != ignore_index)
             tally->bad = l->first + p;
-    for (int p = 0; p < l->n && job->weight; p++)
-        l->w[p] *= l->t[p] < 0 ? 0 : job->weight[l->t[p]];
-    ce_add(&tally->weight, NAME(over_lanes)(l->w, l->padded));
+    for (int p = 0; p < l->n && (job->sample_weight || job->weight); p++) {
+        l->s[p] *= job->sample_weight && l->t[p] >= 0 ? job->sample_weight[l->first + p] : 1;
+        l->w[p] = l->s[p] * (job->weight && l->t[p] >= 0 ? job->weight[l->t[p]] : 1);
+    }
+    l->all = counted == l->padded;
     tally->counted += counted;
+    ce_add(&tally->weight, job->sample_weight || job->weight ? NAME(over_lanes)(l->w, l->padded) : (double)counted);
+}
+
+/* The few numbers of a lane are in double, to the digits that REAL needs: these take 2^-28 for float, in half the time. */
+CE_INLINE double NAME(inverse)(double v)
+{
+#if REAL_IS_FLOAT
+    double first = (double)(1 / (float)v);
+    return first * (2 - v * first); /* Newton: 2^-46 */
+#else
+    return 1 / v;
+#endif
+}
+
+CE_INLINE double NAME(log_of_lane)(double v)
+{
+#if REAL_IS_FLOAT
+    float k, log_f = ce_log_parts_float32((float)v, &k);
+    return (double)k * 0x1.62e42fefa39efp-1 + (double)log_f;
+#else
+    return ce_log_float64(v);
+#endif
 }
 
 /* -log p of the target, as in row_stats; 0 if one is NaN */
@@ -75,11 +96,11 @@ static int NAME(target_nll)(const ce_job *job, NAME(lanes) *l)
     int odd = 0;
     for (int p = 0; p < l->padded; p++) {
         double x = (double)l->x_t[p], n = (double)l->ref[p], rest = l->rest[p] + l->lost[p];
-        double e = ce_exp_float64(x, ce_exp_of_lane_float64(args, ln2, n));
+        double e = ce_exp_to_float64(x, ce_exp_of_lane_float64(args, ln2, n), REAL_IS_FLOAT);
         double most = e >= rest ? e : rest, least = e >= rest ? rest : e;
-        double small = ce_twice_atanh_float64(least / (2 * most + least)); /* log1p(least / most) */
+        double small = ce_atanh_series_float64(least * NAME(inverse)(2 * most + least), REAL_IS_FLOAT ? 8 : 17);
         double m_minus_z = (((n + CE_LEAD) * t->ln2_high - x) + (n + CE_LEAD) * t->ln2_low) * inverse_t;
-        double nll = e >= rest ? small : m_minus_z + ce_log_float64(rest * lead) + small;
+        double nll = e >= rest ? small : m_minus_z + NAME(log_of_lane)(rest * lead) + small; /* small: log1p(least / most) */
         odd |= nll != nll;
         l->nll[p] = nll;
         l->p[p] = e;
@@ -98,7 +119,7 @@ static void NAME(target_slopes)(const ce_job *job, NAME(lanes) *l)
         l->lse[p] = (n * t->ln2_high + n * t->ln2_low) / t->value + ce_log_float64((l->p[p] + l->q[p]) * lead);
     }
     for (int p = 0; p < l->padded; p++) {
-        l->inverse[p] = 1 / (l->p[p] + l->q[p]);
+        l->inverse[p] = NAME(inverse)(l->p[p] + l->q[p]);
         l->p[p] *= l->inverse[p];
         l->q[p] *= l->inverse[p];
     }

@@ -100,15 +100,12 @@ CE_INLINE void NAME(each_class)(const ce_job *job, const ce_array *array, int64_
 static void NAME(load_lanes)(const ce_job *job, int64_t k, int64_t n_classes, NAME(lanes) *l)
 {
     NAME(each_class)(job, &job->logits, k, n_classes, l, 0);
-    for (int p = 0; p < l->padded; p++) {
-        int64_t t = l->t[p] - k;
-        l->x_t[p] = l->t[p] < 0 ? 0 : l->x_t[p];
-        if (l->t[p] < 0)
-            for (int64_t j = 0; j < n_classes; j++)
-                l->x[j * PITCH + p] = 0;
-        else if (t >= 0 && t < n_classes)
-            l->x_t[p] = l->x[t * PITCH + p];
-    }
+    for (int p = 0; p < l->padded && !l->all; p++)
+        for (int64_t j = 0; j < n_classes && l->t[p] < 0; j++)
+            l->x[j * PITCH + p] = l->x_t[p] = 0;
+    for (int p = 0; p < l->padded; p++)
+        if ((UINT)(l->t[p] - (SINT)k) < (UINT)n_classes)
+            l->x_t[p] = l->x[(l->t[p] - k) * PITCH + p];
 }
 
 /* The references move to CE_LEAD ln 2 below the largest logit, where that is larger than all before, and sums with them.
@@ -142,7 +139,9 @@ static int NAME(move_references)(const ce_job *job, int64_t k, int64_t n_classes
 CE_INLINE void NAME(add_exp)(const ce_job *job, int64_t k, int64_t n_classes, NAME(lanes) *l,
                             const char *ahead, int store)
 {
-    int64_t along = job->logits.class_stride;
+    int64_t along = job->logits.class_stride, across = job->logits.outer_stride[job->n_outer - 1];
+    if (across > along) /* rows one after another: the next tile is one piece */
+        along = across / job->n_classes * ROWS;
     NAME(exp_args) args = NAME(exp_prepare)(0, 0, &job->temperature);
     REAL ln2 = (REAL)(job->temperature.ln2_high + job->temperature.ln2_low);
     for (int p = 0; p < l->padded; p += LANES) {
@@ -210,11 +209,14 @@ static void NAME(scale_lanes)(const ce_job *job, int64_t k, int64_t n_classes, N
 }
 
 /* K = 2 at temperature 1: nll = softplus(d), 1 - p = sigmoid(d) of d = x_other - x_t, exact to twice the digits of REAL */
-static int NAME(pair_stats)(NAME(lanes) *l)
+CE_INLINE int NAME(pair_stats)(NAME(lanes) *l, const int gradient)
 {
     ce_temperature one = CE_TEMPERATURE_1;
     NAME(exp_args) args = NAME(exp_prepare)(0, 0, &one);
     SINT odd = 0;
+    for (int p = 0; p < l->padded && !l->all; p++)
+        if (l->t[p] < 0)
+            l->x[p] = l->x[PITCH + p] = 0;
 #pragma GCC ivdep
     for (int p = 0; p < l->padded; p++) {
         REAL x0 = l->x[p], x1 = l->x[PITCH + p];
@@ -222,13 +224,12 @@ static int NAME(pair_stats)(NAME(lanes) *l)
         REAL d = other - own, back = d - other, low = (other - (d - back)) - (own + back);
         REAL e = NAME(exp)(d < 0 ? d : -d, args);
         e += e * (d < 0 ? low : -low);
-        REAL nll = (d < 0 ? 0 : d) + (NAME(log1p_unit)(e) + (d < 0 ? 0 : low)), most = 1 / (1 + e);
+        REAL nll = (d < 0 ? 0 : d) + (NAME(log1p_unit)(e) + (d < 0 ? 0 : low));
         odd |= !(d < CE_BASE_LIMIT) | !(d > -CE_BASE_LIMIT);
-        l->x_t[p] = nll;
-        l->ref[p] = d < 0 ? e * most : most;
+        l->nll[p] = (double)nll;
+        if (gradient)
+            l->q[p] = (double)((d < 0 ? e : 1) / (1 + e));
     }
-    for (int p = 0; p < l->padded; p++)
-        l->nll[p] = (double)l->x_t[p];
     return !odd;
 }
 
@@ -236,7 +237,7 @@ static int NAME(pair_stats)(NAME(lanes) *l)
 static void NAME(pair_gradient)(NAME(lanes) *l)
 {
     for (int p = 0; p < l->padded; p++) {
-        REAL g = (REAL)(l->w[p] * l->scale[p]) * l->ref[p];
+        REAL g = (REAL)(l->w[p] * l->scale[p] * l->q[p]);
         g = g < (REAL)REAL_MIN && g > -(REAL)REAL_MIN ? 0 : g;
         l->x[p] = l->t[p] == 1 ? g : -g;
         l->x[PITCH + p] = l->t[p] == 1 ? -g : g;

@@ -84,7 +84,8 @@ CE_INLINE NAME(exp_args) NAME(exp_prepare)(double base, int64_t n, const ce_temp
     return a;
 }
 
-CE_INLINE REAL NAME(exp)(REAL x, NAME(exp_args) a)
+/* single: the polynomial of float, whatever REAL */
+CE_INLINE REAL NAME(exp_to)(REAL x, NAME(exp_args) a, const int single)
 {
     REAL d = x - a.base;
     REAL t = d * a.log2e + MAGIC;
@@ -94,24 +95,25 @@ CE_INLINE REAL NAME(exp)(REAL x, NAME(exp_args) a)
     r -= k * a.ln2_c;
 #endif
     r *= a.inverse;
-#if REAL_IS_FLOAT
-    REAL p = 0x1.6a22bap-10f;
-    p = p * r + 0x1.123a98p-7f;
-    p = p * r + 0x1.5558f6p-5f;
-    p = p * r + 0x1.555490p-3f;
-    p = p * r + 0x1.fffffcp-2f;
-#else
-    REAL p = 0x1.ad7fab91606afp-26;
-    p = p * r + 0x1.28adef591de38p-22;
-    p = p * r + 0x1.71df25f5aabe7p-19;
-    p = p * r + 0x1.a019998a28c10p-16;
-    p = p * r + 0x1.a01a0129b33e0p-13;
-    p = p * r + 0x1.6c16c1845839ap-10;
-    p = p * r + 0x1.1111111127eddp-7;
-    p = p * r + 0x1.55555555507b3p-5;
-    p = p * r + 0x1.55555555554f9p-3;
-    p = p * r + 0x1.000000000000ap-1;
-#endif
+    REAL p;
+    if (single) {
+        p = (REAL)0x1.6a22bap-10;
+        p = p * r + (REAL)0x1.123a98p-7;
+        p = p * r + (REAL)0x1.5558f6p-5;
+        p = p * r + (REAL)0x1.555490p-3;
+        p = p * r + (REAL)0x1.fffffcp-2;
+    } else {
+        p = (REAL)0x1.ad7fab91606afp-26;
+        p = p * r + (REAL)0x1.28adef591de38p-22;
+        p = p * r + (REAL)0x1.71df25f5aabe7p-19;
+        p = p * r + (REAL)0x1.a019998a28c10p-16;
+        p = p * r + (REAL)0x1.a01a0129b33e0p-13;
+        p = p * r + (REAL)0x1.6c16c1845839ap-10;
+        p = p * r + (REAL)0x1.1111111127eddp-7;
+        p = p * r + (REAL)0x1.55555555507b3p-5;
+        p = p * r + (REAL)0x1.55555555554f9p-3;
+        p = p * r + (REAL)0x1.000000000000ap-1;
+    }
     p = p * r + (REAL)1;
     p = p * r + (REAL)1;
     UINT bits;
@@ -120,6 +122,11 @@ CE_INLINE REAL NAME(exp)(REAL x, NAME(exp_args) a)
     REAL power;
     memcpy(&power, &bits, sizeof power);
     return d < a.cutoff ? (REAL)0 : p * power; /* NaN passes, -inf gives 0 */
+}
+
+CE_INLINE REAL NAME(exp)(REAL x, NAME(exp_args) a)
+{
+    return NAME(exp_to)(x, a, REAL_IS_FLOAT);
 }
 
 /* The arguments for the reference n T ln 2 of one lane among others, n an integer. */
@@ -139,18 +146,12 @@ CE_INLINE REAL NAME(round)(REAL v)
     return (v + MAGIC) - MAGIC;
 }
 
-/* 2 atanh(s) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...), to the last term that counts: terms for |s| <= 1/3 (log1p) */
-#if REAL_IS_FLOAT
-#define ATANH_TERMS 8
-#else
-#define ATANH_TERMS 17
-#endif
-
-CE_INLINE REAL NAME(twice_atanh)(REAL s)
+/* 2 atanh(s) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...); for |s| <= 1/3 8 terms give 2^-29, 17 terms 2^-58 */
+CE_INLINE REAL NAME(atanh_series)(REAL s, const int terms)
 {
     REAL v = s * s, sum = 0;
 #pragma GCC unroll 17
-    for (int i = ATANH_TERMS; i > 0; i--)
+    for (int i = terms; i > 0; i--)
         sum = (sum + (REAL)1 / (REAL)(2 * i + 1)) * v;
     return 2 * (s + s * sum);
 }
@@ -163,23 +164,6 @@ CE_INLINE REAL NAME(expm1)(REAL x)
     for (int i = 14; i > 1; i--)
         sum = 1 + sum * (x * ((REAL)1 / (REAL)i));
     return x * sum;
-}
-
-/* log(1 + e) for 0 <= e <= 1, exact also where e is tiny */
-CE_INLINE REAL NAME(log1p)(REAL e)
-{
-    return NAME(twice_atanh)(e / (2 + e));
-}
-
-/* k and f of a normal number v = 2^k f, 0.5 < f <= 1 */
-CE_INLINE REAL NAME(split)(REAL v, REAL *f)
-{
-    UINT bits;
-    memcpy(&bits, &v, sizeof bits);
-    int k = (int)((bits - 1) >> MANTISSA) - (BIAS - 1);
-    bits -= (UINT)(SINT)k << MANTISSA;
-    memcpy(f, &bits, sizeof bits);
-    return (REAL)k;
 }
 
 /* 2^n of an integer n <= 0; 0 where it would be subnormal, and of NaN */
@@ -312,7 +296,6 @@ CE_INLINE double ce_lost(double a, double b, double product)
 #endif
 
 #undef LARGE
-#undef ATANH_TERMS
 #undef MAGIC
 #undef MANTISSA
 #undef BIAS

@@ -46,12 +46,10 @@ static size_t NAME(scratch)(const ce_job *job)
     return ((lanes > tiles ? lanes : tiles) + 63) & ~(size_t)63;
 }
 
-/* the address of the next tile's logits, where no prefetcher of the processor finds them */
+/* The address of the next tile's logits, to be fetched meanwhile. Any address will do, so not all layouts need be right. */
 static const char *NAME(ahead)(const ce_job *job, int64_t next)
 {
-    if (job->logits.outer_stride[job->n_outer - 1] != (int64_t)sizeof(REAL) || next >= job->n_rows)
-        return NULL;
-    return job->logits.data + NAME(offset)(job, &job->logits, next);
+    return next < job->n_rows ? job->logits.data + NAME(offset)(job, &job->logits, next) : NULL;
 }
 
 /* exp(z - m) and its sums, class-major, in tiles of CE_CLASSES; 0 if a lane is out of the ordinary */
@@ -94,8 +92,11 @@ static int NAME(run_lanes)(const ce_job *job, ce_way way, int64_t first, int n, 
     l->padded = (n + LANES - 1) & -LANES;
     NAME(load_targets)(job, l, tally);
     if (pair) {
-        NAME(load_lanes)(job, 0, 2, l);
-        if (!NAME(pair_stats)(l))
+        const char *ahead = NAME(ahead)(job, first + 4 * ROWS);
+        for (int line = 0; line < 2 * ROWS * (int)sizeof(REAL); line += 64)
+            __builtin_prefetch(ahead + line);
+        NAME(each_class)(job, &job->logits, 0, 2, l, 0);
+        if (!(gradient ? NAME(pair_stats)(l, 1) : NAME(pair_stats)(l, 0)))
             return 0;
     } else {
         int ordinary = way == CE_ALONG_ROWS ? NAME(sum_rows)(job, l)
@@ -109,9 +110,9 @@ static int NAME(run_lanes)(const ce_job *job, ce_way way, int64_t first, int n, 
     ce_add(&tally->loss, NAME(over_lanes)(l->loss, l->padded));
     for (int p = 0; p < n && job->loss; p++)
         ((REAL *)job->loss)[first + p] = (REAL)l->loss[p];
-    for (int p = 0; p < l->padded; p++)
+    for (int p = 0; p < l->padded && gradient; p++)
         l->scale[p] = job->scale;
-    for (int p = 0; p < n && job->upstream; p++)
+    for (int p = 0; p < n && gradient && job->upstream; p++)
         l->scale[p] *= job->upstream[first + p];
     if (gradient && pair) {
         NAME(pair_gradient)(l);
