@@ -84,7 +84,9 @@ static double NAME(divergence)(const NAME(distribution) *model, const NAME(distr
     ce_sum sum = {0, 0};
     for (int64_t j = 0; j < job->n_classes; j += CE_TILE) {
         int64_t n = job->n_classes - j < CE_TILE ? job->n_classes - j : CE_TILE;
-        double lanes[CE_LANES] = {0};
+        double lanes[CE_LANES];
+        for (int l = 0; l < CE_LANES; l++) /* no memset, see setup.py */
+            lanes[l] = 0;
         NAME(pair_tile)(model, other, j, n, p, q, d);
         for (int64_t k = 0; k < n; k++) {
             REAL mass = reverse ? p[k] : q[k], against = reverse ? q[k] : p[k], log_ratio = reverse ? -d[k] : d[k];

@@ -269,7 +269,9 @@ static double NAME(elements)(const ce_element_job *job, int64_t first, int64_t l
             NAME(each_run)(&hess, i, n, hessians, 1);
         if (loss.data)
             NAME(each_run)(&loss, i, n, losses, 1);
-        double lanes[CE_LANES] = {0};
+        double lanes[CE_LANES];
+        for (int l = 0; l < CE_LANES; l++) /* no memset, see setup.py */
+            lanes[l] = 0;
         for (int64_t k = n; k % CE_LANES; k++)
             losses[k] = 0;
         for (int64_t k = 0; k < n; k += CE_LANES)

@@ -11,7 +11,7 @@
 #include "isa_tpl.h"
 #pragma clang attribute pop
 #else
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,tune=haswell")
 #include "isa_tpl.h"
 #endif
 #else

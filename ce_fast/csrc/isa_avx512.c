@@ -11,7 +11,7 @@
 #include "isa_tpl.h"
 #pragma clang attribute pop
 #else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512,tune=skylake-avx512")
 #include "isa_tpl.h"
 #endif
 #else

@@ -1,7 +1,5 @@
 /* Many rows at once: a lane is a row. Included once for each REAL and each ISA.
  *
- *   nll = log1p(rest / e_t), or (m - z_t) + log(rest) + log1p(e_t / rest), whichever does not cancel
- *
  * Statistics and rule are those of a row (rows_tpl.h), vectorized over lanes: a row by itself takes some 130 ns beside its
  * logits. The sums come from tiles_tpl.h, class-major, or from short_tpl.h, along the rows. Where a lane is out of the
  * ordinary (NaN, +inf, nothing but -inf, logits of CE_BASE_LIMIT and more) all of them go row by row.
@@ -27,7 +25,9 @@ typedef struct {
 /* the sum of a value of each lane, in a fixed order */
 CE_INLINE double NAME(over_lanes)(const double *value, int padded)
 {
-    double sum[LANES] = {0};
+    double sum[LANES];
+    for (int l = 0; l < LANES; l++) /* no memset, see setup.py */
+        sum[l] = 0;
     for (int p = 0; p < padded; p += LANES)
         for (int i = 0; i < LANES; i++)
             sum[i] += value[p + i];
@@ -66,28 +66,61 @@ static void NAME(load_targets)(const ce_job *job, NAME(lanes) *l, ce_tally *tall
     ce_add(&tally->weight, job->sample_weight || job->weight ? NAME(over_lanes)(l->w, l->padded) : (double)counted);
 }
 
-/* The few numbers of a lane are in double, to the digits that REAL needs: these take 2^-28 for float, in half the time. */
-CE_INLINE double NAME(inverse)(double v)
-{
 #if REAL_IS_FLOAT
-    double first = (double)(1 / (float)v);
-    return first * (2 - v * first); /* Newton: 2^-46 */
-#else
-    return 1 / v;
-#endif
+/* log(1 + odds) to the digits of float, in half the time of all of double's. 1 + odds = 2^k f, sqrt(1/2) <= f < sqrt(2):
+   k ln 2 + 2 atanh(s), s = (f - 1) / (f + 1), of which only f - 1 needs double. */
+CE_INLINE double NAME(log1p_of_lane)(double odds)
+{
+    const uint64_t root = 0x3fe6a09e667f3bcd, mask = 0xfffffffffffff;
+    double u = 1 + odds, k, f;
+    uint64_t bits, exponent;
+    memcpy(&bits, &u, sizeof bits);
+    bits += 0x3ff0000000000000 - root;
+    exponent = (bits >> 52) | 0x4330000000000000; /* 2^52 + it, without a conversion */
+    bits = (bits & mask) + root;
+    memcpy(&k, &exponent, sizeof k);
+    memcpy(&f, &bits, sizeof f);
+    float s = (float)(f - 1) / (float)(f + 1), w = s * s, q = 0x1.31e466p-2f;
+    q = q * w + 0x1.995eb0p-2f;
+    q = q * w + 0x1.55557ap-1f;
+    double v = (k - (0x1p52 + 1023)) * 0x1.62e42fefa39efp-1 + (double)(s * w * q + 2 * s);
+    return odds < 0x1p-26 ? odds : v + (odds - odds); /* where 1 + odds has lost digits; NaN stays */
 }
 
-CE_INLINE double NAME(log_of_lane)(double v)
+/* nll = log1p(odds), odds = rest exp(m - z_t); 0 if one is NaN. Far below m, z_t is taken as 600 below, and the difference
+   added. */
+static int NAME(target_nll)(const ce_job *job, NAME(lanes) *l)
 {
-#if REAL_IS_FLOAT
-    float k, log_f = ce_log_parts_float32((float)v, &k);
-    return (double)k * 0x1.62e42fefa39efp-1 + (double)log_f;
-#else
-    return ce_log_float64(v);
-#endif
+    const ce_temperature *t = &job->temperature;
+    ce_exp_args_float64 args = ce_exp_prepare_float64(0, 0, t);
+    double ln2 = t->ln2_high + t->ln2_low, inverse_t = 1 / t->value, far = 600 * t->value;
+    int odd = 0;
+    for (int p = 0; p < l->padded; p++) {
+        double x = (double)l->x_t[p], n = (double)l->ref[p], low = n * ln2 - far, near = x > low ? x : low;
+        double inverse = ce_exp_to_float64(-near, ce_exp_of_lane_float64(args, ln2, -n), 1), odds = l->rest[p] * inverse;
+        double nll = NAME(log1p_of_lane)(odds) + (near - x) * inverse_t;
+        odd |= nll != nll;
+        l->nll[p] = nll;
+        l->inverse[p] = inverse;
+        l->q[p] = odds;
+    }
+    return !odd;
 }
 
-/* -log p of the target, as in row_stats; 0 if one is NaN */
+/* p and 1 - p of the target, 1 / sum_k exp(z_k - m), and lse */
+static void NAME(target_slopes)(const ce_job *job, NAME(lanes) *l)
+{
+    double inverse_t = 1 / job->temperature.value;
+    for (int p = 0; p < l->padded; p++) {
+        double one = 1 / (1 + l->q[p]);
+        l->lse[p] = (double)l->x_t[p] * inverse_t + l->nll[p];
+        l->p[p] = l->nll[p] > 500 ? 0 : one; /* 600 stands for all below */
+        l->q[p] *= one;
+        l->inverse[p] *= one;
+    }
+}
+#else
+/* nll = log1p(rest / e_t), or (m - z_t) + log(rest) + log1p(e_t / rest), whichever does not cancel; 0 if one is NaN */
 static int NAME(target_nll)(const ce_job *job, NAME(lanes) *l)
 {
     const ce_temperature *t = &job->temperature;
@@ -95,12 +128,12 @@ static int NAME(target_nll)(const ce_job *job, NAME(lanes) *l)
     double ln2 = t->ln2_high + t->ln2_low, lead = ldexp(1, -CE_LEAD), inverse_t = 1 / t->value;
     int odd = 0;
     for (int p = 0; p < l->padded; p++) {
-        double x = (double)l->x_t[p], n = (double)l->ref[p], rest = l->rest[p] + l->lost[p];
-        double e = ce_exp_to_float64(x, ce_exp_of_lane_float64(args, ln2, n), REAL_IS_FLOAT);
+        double x = l->x_t[p], n = l->ref[p], rest = l->rest[p] + l->lost[p];
+        double e = ce_exp_float64(x, ce_exp_of_lane_float64(args, ln2, n));
         double most = e >= rest ? e : rest, least = e >= rest ? rest : e;
-        double small = ce_atanh_series_float64(least * NAME(inverse)(2 * most + least), REAL_IS_FLOAT ? 8 : 17);
+        double small = ce_atanh_series_float64(least / (2 * most + least), 17); /* log1p(least / most) */
         double m_minus_z = (((n + CE_LEAD) * t->ln2_high - x) + (n + CE_LEAD) * t->ln2_low) * inverse_t;
-        double nll = e >= rest ? small : m_minus_z + NAME(log_of_lane)(rest * lead) + small; /* small: log1p(least / most) */
+        double nll = e >= rest ? small : m_minus_z + ce_log_float64(rest * lead) + small;
         odd |= nll != nll;
         l->nll[p] = nll;
         l->p[p] = e;
@@ -109,21 +142,23 @@ static int NAME(target_nll)(const ce_job *job, NAME(lanes) *l)
     return !odd;
 }
 
-/* 1 / sum_k exp(z_k - m), p and 1 - p of the target; lse, if there is a z_loss */
+/* p and 1 - p of the target, 1 / sum_k exp(z_k - m), and lse, if there is a z_loss */
 static void NAME(target_slopes)(const ce_job *job, NAME(lanes) *l)
 {
     const ce_temperature *t = &job->temperature;
     double lead = ldexp(1, -CE_LEAD);
-    for (int p = 0; p < l->padded && job->z_loss != 0; p++) {
-        double n = (double)l->ref[p] + CE_LEAD;
-        l->lse[p] = (n * t->ln2_high + n * t->ln2_low) / t->value + ce_log_float64((l->p[p] + l->q[p]) * lead);
-    }
+    if (job->z_loss != 0)
+        for (int p = 0; p < l->padded; p++) {
+            double n = l->ref[p] + CE_LEAD;
+            l->lse[p] = (n * t->ln2_high + n * t->ln2_low) / t->value + ce_log_float64((l->p[p] + l->q[p]) * lead);
+        }
     for (int p = 0; p < l->padded; p++) {
-        l->inverse[p] = NAME(inverse)(l->p[p] + l->q[p]);
+        l->inverse[p] = 1 / (l->p[p] + l->q[p]);
         l->p[p] *= l->inverse[p];
         l->q[p] *= l->inverse[p];
     }
 }
+#endif
 
 /* loss and slopes of each row, as ce_rule_of; cross-entropy alone without a call a row */
 static void NAME(rule_of_lanes)(const ce_job *job, NAME(lanes) *l)

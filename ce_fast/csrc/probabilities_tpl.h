@@ -115,7 +115,9 @@ static void ce_label_range(const ce_labels *labels, int64_t first, int64_t last,
 /* whether a value is below 0 or above 1; NaN is not looked for, it is left to the sum of its row */
 static int NAME(outside)(const REAL *v, int64_t n)
 {
-    REAL least[CE_LANES] = {0}, most[CE_LANES] = {0};
+    REAL least[CE_LANES], most[CE_LANES];
+    for (int l = 0; l < CE_LANES; l++) /* no memset, see setup.py */
+        least[l] = most[l] = 0;
     int64_t k = 0;
     for (; k + CE_LANES <= n; k += CE_LANES) {
         for (int l = 0; l < CE_LANES; l += 64 / (int)sizeof(REAL))
@@ -156,7 +158,9 @@ static void NAME(add_rows)(const REAL *v, int64_t n, int64_t width, REAL *sums)
     }
     for (; i < n; i++) {
         const REAL *a = v + i * width;
-        REAL lanes[CE_LANES] = {0};
+        REAL lanes[CE_LANES];
+        for (int l = 0; l < CE_LANES; l++) /* no memset, see setup.py */
+            lanes[l] = 0;
         int64_t k = 0;
         for (; k + CE_LANES <= width; k += CE_LANES)
             for (int l = 0; l < CE_LANES; l++)

@@ -193,11 +193,15 @@ static REAL NAME(tile_max)(const REAL *x, int64_t n)
 CE_INLINE double NAME(lanes_exp)(const REAL *x, REAL *e, const int store, int64_t n, NAME(exp_args) args,
                                  const char *ahead, int64_t size, const int n_lanes)
 {
-    double sums[CE_LANES] = {0};
+    double sums[CE_LANES];
+    for (int l = 0; l < CE_LANES; l++) /* no memset, see setup.py */
+        sums[l] = 0;
     const int64_t run = CE_RUN / CE_LANES * n_lanes;
     for (int64_t j = 0; j < n; j += run) {
         int64_t end = j + run < n ? j + run : n;
-        REAL lanes[CE_LANES] = {0};
+        REAL lanes[CE_LANES];
+        for (int l = 0; l < CE_LANES; l++) /* no memset, see setup.py */
+            lanes[l] = 0;
         for (int64_t k = j; k < end; k += n_lanes) {
             for (int line = 0; line < n_lanes * (int)sizeof(REAL); line += 64)
                 __builtin_prefetch(ahead + k * size + line);
@@ -225,11 +229,15 @@ CE_INLINE double NAME(tile_exp)(const REAL *x, REAL *e, int store, int64_t n, NA
 
 static void NAME(add_moments)(NAME(sums) *s, const REAL *x, const REAL *mass, int64_t n)
 {
-    double masses[CE_LANES] = {0}, moments[CE_LANES] = {0};
+    double masses[CE_LANES], moments[CE_LANES];
+    for (int l = 0; l < CE_LANES; l++) /* no memset, see setup.py */
+        masses[l] = moments[l] = 0;
     REAL pivot = s->pivot;
     for (int64_t j = 0; j < n; j += CE_RUN) {
         int64_t end = j + CE_RUN < n ? j + CE_RUN : n;
-        REAL total[CE_LANES] = {0}, moment[CE_LANES] = {0};
+        REAL total[CE_LANES], moment[CE_LANES];
+        for (int l = 0; l < CE_LANES; l++) /* no memset, see setup.py */
+            total[l] = moment[l] = 0;
         for (int64_t k = j; k < end; k += CE_LANES)
             for (int l = 0; l < CE_LANES; l++) {
                 REAL w = mass[k + l], v = w * (x[k + l] - pivot);

@@ -147,14 +147,21 @@ CE_INLINE void NAME(add_exp)(const ce_job *job, int64_t k, int64_t n_classes, NA
     for (int p = 0; p < l->padded; p += LANES) {
         double sum[LANES], lost[LANES];
         SINT t[LANES];
+        REAL cutoff[LANES];
+        UINT shift[LANES];
         for (int i = 0; i < LANES; i++) {
+            NAME(exp_args) of_lane = NAME(exp_of_lane)(args, ln2, l->ref[p + i]);
+            cutoff[i] = of_lane.cutoff;
+            shift[i] = of_lane.shift;
             sum[i] = k == 0 ? 0 : l->rest[p + i];
             lost[i] = k == 0 ? 0 : l->lost[p + i];
             t[i] = l->t[p + i] - (SINT)k;
         }
         for (int64_t j = 0; j < n_classes; j += CE_CLASS_RUN) {
             int64_t end = j + CE_CLASS_RUN < n_classes ? j + CE_CLASS_RUN : n_classes;
-            REAL run[LANES] = {0};
+            REAL run[LANES];
+            for (int l = 0; l < LANES; l++) /* no memset, see setup.py */
+                run[l] = 0;
             for (int64_t c = j; c < end; c++) {
                 if (ahead) {
                     __builtin_prefetch(ahead + (k + c) * along + p * (int)sizeof(REAL));
@@ -162,7 +169,9 @@ CE_INLINE void NAME(add_exp)(const ce_job *job, int64_t k, int64_t n_classes, NA
                 }
 #pragma GCC ivdep
                 for (int i = 0; i < LANES; i++) {
-                    REAL v = NAME(exp)(l->x[c * PITCH + p + i], NAME(exp_of_lane)(args, ln2, l->ref[p + i]));
+                    args.cutoff = cutoff[i];
+                    args.shift = shift[i];
+                    REAL v = NAME(exp)(l->x[c * PITCH + p + i], args);
                     run[i] += t[i] == (SINT)c ? 0 : v;
                     if (store)
                         l->x[c * PITCH + p + i] = v;
