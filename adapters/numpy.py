@@ -5,6 +5,7 @@
 and give gradients.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -23,6 +24,17 @@ from ce_fast.losses import (
     PolyLoss,
     SigmoidFocalLoss,
 )
+
+
+def _make(*options, **more) -> CrossEntropyLoss:
+    """The loss of these options: of the last ones, made once."""
+    try:
+        return _made(*options, **more)
+    except TypeError:  # an option that has no hash, of which the loss itself complains
+        return CrossEntropyLoss(*options, **more)
+
+
+_made = functools.lru_cache(maxsize=64, typed=True)(CrossEntropyLoss)
 
 
 def cross_entropy(
@@ -53,7 +65,8 @@ def cross_entropy(
     >>> round(ce.cross_entropy([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]], [0, 1]), 6)
     0.360645
     """
-    loss = CrossEntropyLoss(
+    make = _make if weight is None else CrossEntropyLoss
+    loss = make(
         weight,
         ignore_index,
         reduction,

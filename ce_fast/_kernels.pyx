@@ -172,6 +172,7 @@ memcpy(_kept_memory.name, b"ce_fast", 8)
 _kept_memory.version = 1
 _kept_memory.allocator = [NULL, take, take_zeros, move, give]
 _handler = PyCapsule_New(&_kept_memory, "mem_handler", NULL)
+SMALL = 32768  # logits; SERIAL_LOGITS of threads.py, and of one block
 LARGE = 1 << 20  # bytes; below it malloc itself keeps what was freed
 
 
@@ -306,6 +307,61 @@ def run_rows(int isa, plan, job):
     free(blocks)
     free(scratch)
     return (ce_total(&tally.loss), *counts_of(&tally))
+
+
+def small_call(int isa, cnp.ndarray logits, cnp.ndarray target, int64_t ignore_index, bint gradient):
+    """(mean cross-entropy, its gradient or None) of a small call that is right in every way, or None for any other.
+
+    In C from the checks to the result, on one thread: a call on (32, 10) takes 2 us, the general way 20. Its bits are
+    those of the general way.
+    """
+    cdef ce_job view
+    cdef ce_tally tally = [[0, 0], [0, 0], 0, -1]
+    cdef int kind = cnp.PyArray_TYPE(logits), index = cnp.PyArray_TYPE(target)
+    cdef bint wide = kind == cnp.NPY_FLOAT64
+    cdef int64_t n, k, size = 8 if wide else 4
+    cdef double first, last
+    cdef char *x
+    cdef void *scratch
+    cdef cnp.ndarray grad = None
+    if not (wide or kind == cnp.NPY_FLOAT32) or not (index == cnp.NPY_INT64 or index == cnp.NPY_INT32):
+        return None
+    if cnp.PyArray_NDIM(logits) != 2 or cnp.PyArray_NDIM(target) != 1:
+        return None
+    if not cnp.PyArray_ISCARRAY_RO(logits) or not cnp.PyArray_ISCARRAY_RO(target):  # aligned, in native byte order
+        return None
+    n, k = cnp.PyArray_DIM(logits, 0), cnp.PyArray_DIM(logits, 1)
+    if n == 0 or k < 2 or n * k >= SMALL or cnp.PyArray_DIM(target, 0) != n:
+        return None
+    x = <char *>cnp.PyArray_DATA(logits)
+    first = (<double *>x)[0] if wide else (<float *>x)[0]
+    last = (<double *>x)[n * k - 1] if wide else (<float *>x)[n * k - 1]
+    if 0 <= first <= 1 and 0 <= last <= 1:  # they may be probabilities
+        return None
+    memset(&view, 0, sizeof(view))
+    view.n_rows, view.n_classes, view.n_outer = n, k, 1
+    view.outer_shape[0] = n
+    view.logits.data, view.logits.dtype = x, CE_FLOAT64 if wide else CE_FLOAT32
+    view.logits.class_stride, view.logits.outer_stride[0] = size, size * k
+    view.target, view.target_type = cnp.PyArray_DATA(target), CE_INT64 if index == cnp.NPY_INT64 else CE_INT32
+    view.ignore_index = ignore_index
+    view.on, view.temperature, view.cap = 1.0, ce_make_temperature(1.0), ce_make_temperature(1.0)
+    if gradient:
+        tally = ce_scan_targets(&view)
+        if tally.bad >= 0 or tally.counted == 0:
+            return None
+        grad = cnp.PyArray_EMPTY(2, cnp.PyArray_DIMS(logits), kind, 0)
+        view.emit, view.scale, view.out = CE_GRADIENT, 1.0 / tally.counted, view.logits
+        view.out.data = <char *>cnp.PyArray_DATA(grad)
+        tally = [[0, 0], [0, 0], 0, -1]
+    scratch = aligned_alloc(64, (ce_isa(isa).scratch_float64 if wide else ce_isa(isa).scratch_float32)(&view))
+    if scratch == NULL:
+        raise MemoryError("no memory for the scratch of a small call")
+    (ce_isa(isa).rows_float64 if wide else ce_isa(isa).rows_float32)(&view, 0, n, scratch, &tally)
+    free(scratch)
+    if tally.bad >= 0 or tally.counted == 0:
+        return None
+    return ce_total(&tally.loss) / tally.counted, grad
 
 
 cdef int set_element_job(ce_element_job *view, job) except -1:

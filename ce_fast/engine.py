@@ -28,7 +28,7 @@ class Ask:
     upstream: object = None
 
 
-VALUE = Ask()
+VALUE, GRADIENT = Ask(), Ask(gradient=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,10 @@ def softmax_fields(loss: "_SoftmaxLoss", call: Call) -> Fields:
 
 def softmax_loss(loss: "_SoftmaxLoss", logits, target, sample_weight, ask: Ask = VALUE):
     """(value, gradient or None, Hessian or None) of a softmax loss."""
+    if loss.common and sample_weight is None and (ask is VALUE or ask is GRADIENT):
+        done = backends.active().small_call(logits, target, loss.ignore_index, ask is GRADIENT)
+        if done is not None:
+            return *done, None
     checked = inputs.as_logits(logits, loss.class_axis, target=target)
     call = check_call(loss, checked, target, sample_weight)
     inputs.warn_if_probabilities(checked)

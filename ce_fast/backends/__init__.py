@@ -5,6 +5,7 @@ A backend is a module with
     max_threads() -> int                                            its own limit, for n_threads=None
     scan_targets(rows, n_rows, n_classes) -> (bad, counted, weight_sum)
     empty_like(array, dtype) -> ndarray                             for a gradient
+    small_call(logits, target, ignore_index, gradient)              (mean, gradient), or None: not the common case
     run(job, plan) -> (loss_sum, bad, counted, weight_sum)          bad rows are not read
     run_elements(job, plan) -> (float, bool)                        the sum of the losses; whether a target is bad
     label_range(labels, n_threads) -> (int, int)                    the least and the greatest

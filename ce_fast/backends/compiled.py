@@ -6,6 +6,8 @@ from contextvars import ContextVar
 
 import numpy as np
 
+import numpy as np
+
 from ce_fast import _kernels
 from ce_fast.backends import ElementJob, Job, ProbabilityJob
 from ce_fast.plan import Plan
@@ -34,6 +36,12 @@ def _use_isa(name: str):
         yield
     finally:
         _isa.reset(token)
+
+
+def small_call(logits, target, ignore_index: int, gradient: bool) -> tuple[float, np.ndarray | None] | None:
+    if type(logits) is not np.ndarray or type(target) is not np.ndarray:
+        return None
+    return _kernels.small_call(_isa.get(), logits, target, ignore_index, gradient)
 
 
 def run(job: Job, plan: Plan) -> tuple[float, int, int, float]:

@@ -36,6 +36,10 @@ def empty_like(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.empty_like(array, dtype, subok=False)
 
 
+def small_call(logits, target, ignore_index: int, gradient: bool) -> None:
+    return None  # the general way
+
+
 def max_threads() -> int:
     limit = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]  # set when numba is imported
     omp = os.environ.get("OMP_NUM_THREADS", "")
