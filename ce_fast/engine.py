@@ -151,9 +151,9 @@ def _run_rows(loss: "_SoftmaxLoss | KLDivLoss", fields: Fields, rows: Rows, logi
         hess = inputs.as_out(None, logits, {})
         fields |= {"hess": inputs.class_last(hess, logits.axis), "floor": _hess_floor(hess.dtype)}
         fields["hess_scale"] = scale / loss.temperature**2
-    loss_sum, *counts = emit(fields, plan, "gradient", grad, logits.axis)
+    loss_sum, bad, counted, weight_sum = emit(fields, plan, "gradient", grad, logits.axis)
     weighted = fields["rows"] is rows  # else by more than what a mean divides by: alpha
-    divisor = _divisor(loss, logits, rows, *counts) if weighted else count(loss, logits, rows)
+    divisor = _divisor(loss, logits, rows, bad, counted, weight_sum) if weighted else count(loss, logits, rows)
     if row_losses is not None:
         return result_rows(row_losses, logits), grad, hess
     return reduction.reduced(loss_sum, divisor), grad, hess

@@ -6,8 +6,6 @@ from contextvars import ContextVar
 
 import numpy as np
 
-import numpy as np
-
 from ce_fast import _kernels
 from ce_fast.backends import ElementJob, Job, ProbabilityJob
 from ce_fast.plan import Plan

@@ -10,13 +10,13 @@ CE_INLINE int64_t NAME(pitch)(const ce_job *job)
     return (job->n_classes + lanes - 1) & -lanes;
 }
 
-/* the largest of n > 0 elements, a multiple of STEP; NaN, or not, where one is NaN */
+/* the largest of n >= STEP elements, or, where one is NaN, NaN or any of them */
 static REAL NAME(largest)(const REAL *x, int64_t n)
 {
     REAL max[STEP];
     for (int l = 0; l < STEP; l++)
-        max[l] = x[l];
-    for (int64_t k = STEP; k < n; k += STEP)
+        max[l] = x[n - STEP + l]; /* the end, which whole steps may leave out */
+    for (int64_t k = 0; k + STEP <= n; k += STEP)
         for (int l = 0; l < STEP; l++)
             max[l] = x[k + l] > max[l] ? x[k + l] : max[l];
     for (int half = STEP / 2; half > 0; half /= 2)
@@ -25,11 +25,12 @@ static REAL NAME(largest)(const REAL *x, int64_t n)
     return max[0];
 }
 
-/* The rows without their targets, padded with -inf; the largest logit of each to ref. In a row that does not
-   count, nothing is read. */
+/* The rows without their targets, padded with -inf; the largest logit of each to ref. In a row that does not count, nothing
+   is read. */
 static void NAME(load_short)(const ce_job *job, NAME(lanes) *l)
 {
     int64_t n = job->n_classes, pitch = NAME(pitch)(job);
+    int direct = job->logits.dtype == REAL_DTYPE && job->logits.class_stride == sizeof(REAL);
     for (int p = 0; p < l->padded; p++) {
         REAL *x = l->x + p * pitch;
         l->x_t[p] = l->ref[p] = 0;
@@ -38,11 +39,13 @@ static void NAME(load_short)(const ce_job *job, NAME(lanes) *l)
         if (l->t[p] < 0)
             continue;
         const char *logits = job->logits.data + NAME(offset)(job, &job->logits, l->first + p);
-        NAME(load)(logits, job->logits.class_stride, job->logits.dtype, n, x);
+        if (direct)
+            memcpy(x, logits, (size_t)n * sizeof(REAL));
+        else
+            NAME(load)(logits, job->logits.class_stride, job->logits.dtype, n, x);
+        l->ref[p] = NAME(largest)(x, n);
         l->x_t[p] = x[l->t[p]];
-        x[l->t[p]] = -(REAL)INFINITY;
-        REAL max = NAME(largest)(x, pitch);
-        l->ref[p] = l->x_t[p] > max ? l->x_t[p] : max;
+        x[l->t[p]] = -(REAL)INFINITY; /* after the maximum: a vector that is read right after a part of it was written waits */
     }
 }
 
