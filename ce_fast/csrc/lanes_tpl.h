@@ -94,8 +94,9 @@ static void NAME(target_slopes)(const ce_job *job, NAME(lanes) *l)
     const ce_temperature *t = &job->temperature;
     double lead = ldexp(1, -CE_LEAD);
     for (int p = 0; p < l->padded && job->z_loss != 0; p++) {
-        double n = (double)l->ref[p] + CE_LEAD;
-        l->lse[p] = (n * t->ln2_high + n * t->ln2_low) / t->value + ce_log_float64((l->p[p] + l->q[p]) * lead);
+        double n = (double)l->ref[p] + CE_LEAD, log_sum = ce_log_float64((l->p[p] + l->q[p]) * lead);
+        double by_sum = (n * t->ln2_high + n * t->ln2_low) / t->value + log_sum;
+        l->lse[p] = l->p[p] >= l->q[p] ? (double)l->x_t[p] / t->value + l->nll[p] : by_sum; /* may be near 0 */
     }
     for (int p = 0; p < l->padded; p++) {
         l->inverse[p] = 1 / (l->p[p] + l->q[p]);
