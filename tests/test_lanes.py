@@ -10,22 +10,17 @@ from functools import lru_cache, partial
 
 import numpy as np
 import pytest
+
+import ce_fast as ce
 import reference
 from conftest import DTYPES, VARIANTS, use
 from tolerances import assert_grad_close, assert_loss_close
 
-import ce_fast as ce
-
 INF, NAN = np.inf, np.nan
 # transposed, class-major in one tile and in several, along short rows, one by one
 WAYS = {
-    "pair": (2, -1),
-    "few": (50, -1),
-    "strided": (200, 0),
-    "tiles": (600, 0),
-    "short": (300, -1),
-    "long": (1500, -1),
-}
+    "pair": (2, -1), "few": (50, -1), "strided": (200, 0), "tiles": (600, 0), "short": (300, -1), "long": (1500, -1)
+}  # fmt: skip
 RULES = {
     "cross_entropy": (ce.CrossEntropyLoss, 0.0),
     "focal": (partial(ce.FocalLoss, gamma=2.0), 2.0),
@@ -45,12 +40,16 @@ def way(request):
     return request.param
 
 
-def data(n_rows, n_classes, dtype=np.float32, spread=4.0):
+@lru_cache(maxsize=8)
+def normal(n_rows, n_classes):
+    return np.random.default_rng(n_rows * 2000 + n_classes).standard_normal((n_rows, n_classes))
+
+
+def data(n_rows, n_classes, dtype=np.float32):
     """(logits, targets, some of them -100), the same for the same arguments."""
-    rng = np.random.default_rng(n_rows * 2000 + n_classes)
-    target = rng.integers(0, n_classes, n_rows)
+    target = np.arange(n_rows) * 7919 % n_classes
     target[3::7] = -100
-    return (rng.standard_normal((n_rows, n_classes)) * spread).astype(dtype), target
+    return (normal(n_rows, n_classes) * 4).astype(dtype), target
 
 
 def run(logits, target, axis, sample_weight=None, loss=ce.CrossEntropyLoss, upstream=None, **options):
@@ -197,13 +196,12 @@ def test_the_first_bad_target_is_named_by_its_place(compiled, way, places, bad):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_the_value_has_the_same_bits_with_a_gradient_and_without(compiled, dtype, way, rule, reduction):
+def test_the_value_has_the_same_bits_with_a_gradient_and_without(compiled, dtype, way, rule):
     n_classes, axis = way
-    logits, target = data(130, n_classes, dtype)
+    logits, target = data(70, n_classes, dtype)
     given = logits if axis == -1 else np.ascontiguousarray(logits.T)
-    for options in ({}, {"z_loss": 0.01, "temperature": 2.0}):
-        loss = RULES[rule][0](class_axis=axis, reduction=reduction, **options)
+    for options in ({}, {"z_loss": 0.01, "temperature": 2.0}, {"reduction": "none"}):
+        loss = RULES[rule][0](class_axis=axis, **options)
         np.testing.assert_array_equal(loss(given, target), loss.value_and_grad(given, target)[0])
 
 
@@ -219,7 +217,7 @@ def test_every_way_gives_the_same_bits_for_any_number_of_threads(compiled, dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("offset", [0, 1, 3])
+@pytest.mark.parametrize("offset", [0, 3])
 def test_a_gradient_past_the_caches_has_the_rows_of_a_small_one(compiled, dtype, way, offset):
     n_classes, axis = way
     n_rows = (9 << 20) // (n_classes * dtype.itemsize)
@@ -301,7 +299,7 @@ def test_a_gradient_is_an_ordinary_array():
     assert type(grad) is np.ndarray and grad.base is None
     for flag in ("OWNDATA", "WRITEABLE", "ALIGNED", "C_CONTIGUOUS"):
         assert grad.flags[flag]
-    for copy in (grad.copy(), pickle.loads(pickle.dumps(grad)), pickle.loads(pickle.dumps(grad, protocol=5))):
+    for copy in (grad.copy(), pickle.loads(pickle.dumps(grad))):
         np.testing.assert_array_equal(copy, grad)
         assert_apart([copy, grad])
     grad.shape = (700, 1024)
