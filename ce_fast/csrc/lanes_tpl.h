@@ -149,8 +149,9 @@ static void NAME(target_slopes)(const ce_job *job, NAME(lanes) *l)
     double lead = ldexp(1, -CE_LEAD);
     if (job->z_loss != 0)
         for (int p = 0; p < l->padded; p++) {
-            double n = l->ref[p] + CE_LEAD;
-            l->lse[p] = (n * t->ln2_high + n * t->ln2_low) / t->value + ce_log_float64((l->p[p] + l->q[p]) * lead);
+            double n = l->ref[p] + CE_LEAD, log_sum = ce_log_float64((l->p[p] + l->q[p]) * lead);
+            double by_sum = (n * t->ln2_high + n * t->ln2_low) / t->value + log_sum;
+            l->lse[p] = l->p[p] >= l->q[p] ? l->x_t[p] / t->value + l->nll[p] : by_sum; /* may be near 0 */
         }
     for (int p = 0; p < l->padded; p++) {
         l->inverse[p] = 1 / (l->p[p] + l->q[p]);

@@ -113,7 +113,7 @@ static int NAME(run_lanes)(const ce_job *job, ce_way way, int64_t first, int n, 
     for (int p = 0; p < l->padded && gradient; p++)
         l->scale[p] = job->scale;
     for (int p = 0; p < n && gradient && job->upstream; p++)
-        l->scale[p] *= job->upstream[first + p];
+        l->scale[p] *= l->t[p] < 0 ? 0 : job->upstream[first + p]; /* which may be NaN where a row does not count */
     if (gradient && pair) {
         NAME(pair_gradient)(l);
         NAME(each_class)(job, &job->out, 0, 2, l, 1);
