@@ -29,6 +29,8 @@ cdef extern from "sums.h" nogil:
         CE_NOTHING, CE_GRADIENT, CE_LOG_SOFTMAX
     ctypedef enum ce_rule:
         pass
+    ctypedef enum ce_phase:
+        CE_BEGIN, CE_STATISTICS, CE_FINISH, CE_WRITE
     enum:
         CE_OUTSIDE
         CE_SUM_NOT_ONE
@@ -45,7 +47,7 @@ cdef extern from "sums.h" nogil:
         ce_sum loss, weight
         int64_t counted, bad
     ctypedef struct ce_job:
-        int64_t n_rows, n_classes
+        int64_t n_rows, n_classes, part_classes
         int n_outer
         int64_t *outer_shape
         ce_array logits, soft, out, hess
@@ -73,6 +75,7 @@ cdef extern from "sums.h" nogil:
         double gamma, alpha, on, off, scale, hess_scale, floor
     ctypedef void (*ce_rows_fn)(const ce_job *, int64_t, int64_t, void *, ce_tally *)
     ctypedef size_t (*ce_scratch_fn)(const ce_job *)
+    ctypedef void (*ce_parts_fn)(const ce_job *, ce_phase, int64_t, void *, ce_tally *)
     ctypedef double (*ce_elements_fn)(const ce_element_job *, int64_t, int64_t, int *)
     ctypedef struct ce_labels:
         const char *data
@@ -94,6 +97,8 @@ cdef extern from "sums.h" nogil:
         const char *name
         ce_rows_fn rows_float64, rows_float32
         ce_scratch_fn scratch_float64, scratch_float32
+        ce_parts_fn parts_float64, parts_float32
+        ce_scratch_fn parts_scratch_float64, parts_scratch_float32
         ce_elements_fn elements_float64, elements_float32
         ce_probabilities_fn probabilities_float64, probabilities_float32
         ce_label_range_fn label_range
@@ -268,6 +273,39 @@ cdef int set_job(ce_job *view, job) except -1:
     return 0
 
 
+cdef void each_part(ce_parts_fn parts, const ce_job *job, ce_phase phase, int64_t first, int64_t last, int n_threads,
+                    void *scratch, ce_tally *tally) noexcept nogil:
+    """static: a thread writes the gradient of those parts whose exponentials are in its cache."""
+    cdef int64_t u
+    if n_threads == 1:
+        for u in range(first, last):
+            parts(job, phase, u, scratch, tally)
+    else:
+        for u in prange(first, last, schedule="static", num_threads=n_threads):
+            parts(job, phase, u, scratch, tally)
+
+
+cdef int run_parts(ce_parts_fn parts, ce_job *job, int64_t part_rows, int n_threads, size_t size,
+                   ce_tally *tally) except -1:
+    """Few rows of many classes, their parts in parallel."""
+    cdef int64_t n_parts = (job.n_classes + job.part_classes - 1) // job.part_classes, i = 0, end
+    cdef char *scratch = <char *>malloc(size)
+    if scratch == NULL:
+        raise MemoryError(f"no memory for {size} bytes of partial sums")
+    tally.bad = -1
+    with nogil:
+        while i < job.n_rows:
+            end = min(i + part_rows, job.n_rows)
+            each_part(parts, job, CE_BEGIN, i, end, 1, scratch, tally)
+            each_part(parts, job, CE_STATISTICS, i * n_parts, end * n_parts, n_threads, scratch, tally)
+            each_part(parts, job, CE_FINISH, i, end, 1, scratch, tally)
+            if job.emit == CE_GRADIENT:
+                each_part(parts, job, CE_WRITE, i * n_parts, end * n_parts, n_threads, scratch, tally)
+            i = end
+    free(scratch)
+    return 0
+
+
 def run_rows(int isa, plan, job):
     """Run one job on rows; returns (the sum of the losses, *what `scan_targets` does), the same bits for any number of
     threads."""
@@ -283,7 +321,17 @@ def run_rows(int isa, plan, job):
     cdef char *scratch
 
     set_job(&view, job)
-    view.n_rows = n_rows
+    view.n_rows, view.part_classes = n_rows, plan.part_classes
+    if view.off != 0 and view.target != NULL:  # smoothed class indices alone read it
+        with nogil:
+            ce_sum_weights(&view)
+    scratch_size = (ce_isa(isa).parts_scratch_float64 if wide else ce_isa(isa).parts_scratch_float32)(&view)
+    if scratch_size:
+        memset(&tally, 0, sizeof(tally))
+        run_parts(ce_isa(isa).parts_float64 if wide else ce_isa(isa).parts_float32, &view,
+                  plan.part_rows if view.emit == CE_GRADIENT else n_rows, n_threads, scratch_size, &tally)
+        return (ce_total(&tally.loss), *counts_of(&tally))
+    n_threads = max(1, min(<int64_t>n_threads, n_blocks))  # a plan of parts may have more
     scratch_size = (ce_isa(isa).scratch_float64 if wide else ce_isa(isa).scratch_float32)(&view)
     blocks = <ce_tally *>calloc(n_blocks + 1, sizeof(ce_tally))
     scratch = <char *>aligned_alloc(64, n_threads * scratch_size)
@@ -292,8 +340,6 @@ def run_rows(int isa, plan, job):
         free(scratch)
         raise MemoryError(f"no memory for {n_blocks} partial sums and {n_threads * scratch_size} bytes of scratch")
     with nogil:
-        if view.off != 0 and view.target != NULL:  # smoothed class indices alone read it
-            ce_sum_weights(&view)
         for b in range(n_blocks):
             blocks[b].bad = -1
         if n_threads == 1:
@@ -455,7 +501,7 @@ def run_probabilities(int isa, plan, job):
     cdef cnp.ndarray proba = job.proba
     cdef int64_t n = plan.n_rows, block = plan.block_rows, b, n_blocks = (n + block - 1) // block
     cdef int64_t n_classes = cnp.PyArray_DIM(proba, 1) if cnp.PyArray_NDIM(proba) == 2 else 0, k, t, missing = 0
-    cdef int n_threads = plan.n_threads, chunk_blocks = plan.chunk_blocks, found = 0
+    cdef int n_threads = max(1, min(<int64_t>plan.n_threads, n_blocks)), chunk_blocks = plan.chunk_blocks, found = 0
     cdef bint wide = plan.compute_dtype.itemsize == 8
     cdef ce_probabilities_fn rows = ce_isa(isa).probabilities_float64 if wide else ce_isa(isa).probabilities_float32
     # of each thread; no two of them share a cache line

@@ -42,8 +42,8 @@ def test_threads_follow_the_work_and_the_limits():
 
 
 def test_a_plan_never_has_more_threads_than_blocks():
-    plan = make_plan((3,), 50257, np.dtype(np.float32), 8)
-    assert plan.block_rows == 1 and plan.n_threads == 3
+    plan = make_plan((40,), 50257, np.dtype(np.float32), 64)
+    assert plan.block_rows == 1 and plan.part_classes == 0 and plan.n_threads == 40
 
 
 @pytest.mark.parametrize("quota, period, expected", [("150000", "100000", 1.5), ("max", "100000", float("inf"))])

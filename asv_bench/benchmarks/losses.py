@@ -140,6 +140,24 @@ class Threads:
         self.loss(self.logits, self.target)
 
 
+class OneRow:
+    params = (1, 2, 4)
+    param_names = ("n_threads",)
+
+    def setup(self, n_threads):
+        if n_threads > measure.thread_count():
+            raise NotImplementedError("more threads than this machine gives")
+        self.logits, self.target = _logits((1, 152064))
+        self.loss = ce_fast.CrossEntropyLoss(n_threads=n_threads)
+        self.grad = np.empty_like(self.logits)
+
+    def time_forward(self, n_threads):
+        self.loss(self.logits, self.target)
+
+    def time_value_and_grad(self, n_threads):
+        self.loss.value_and_grad(self.logits, self.target, out=self.grad)
+
+
 class Transforms:
     def setup(self):
         self.logits, _ = _logits(LONG)

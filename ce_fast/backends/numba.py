@@ -273,7 +273,7 @@ def _each_block(plan: Plan, work: Callable[[int, int], Any], most: int = 1) -> l
     n_blocks = -(-plan.n_rows // plan.block_rows)
     step = plan.block_rows * max(1, min(most, n_blocks // 32))
     pieces = [(first, min(first + step, plan.n_rows)) for first in range(0, plan.n_rows, step)]
-    if plan.n_threads == 1:
+    if plan.n_threads == 1 or len(pieces) == 1:
         return [work(*piece) for piece in pieces]
     with _pool(plan.n_threads) as pool:
         return list(pool.map(lambda piece: work(*piece), pieces))

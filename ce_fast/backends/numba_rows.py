@@ -250,7 +250,8 @@ def _write_gradient(x, q, out, holds, hess, e, moves, t, m, near, sums, scales, 
     g = np.empty(TILE if with_mass else 0)
     for j in range(0, x.size, TILE):
         n = min(TILE, x.size - j)
-        moved = exp_scaled(moves[0, j // TILE] - m[0], m[1] - moves[1, j // TILE], temperature)
+        # a reference has risen, unless a tile of nothing but -inf had none
+        moved = min(1.0, exp_scaled(moves[0, j // TILE] - m[0], m[1] - moves[1, j // TILE], temperature))
         inverse = inverse_sum * moved
         terms = e[j : j + n]
         if hess.size:

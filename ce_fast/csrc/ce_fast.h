@@ -36,6 +36,7 @@ typedef struct {                        /* an array of shape (outer..., n_classe
 
 typedef struct {
     int64_t n_rows, n_classes;
+    int64_t part_classes; /* of a part, whole tiles: few rows are cut into such (parts_tpl.h); 0: they are not */
     int n_outer; /* the rows are the C-order index over outer_shape */
     int64_t outer_shape[CE_MAX_OUTER];
 
@@ -121,6 +122,12 @@ typedef struct { /* of some rows */
 typedef void (*ce_rows_fn)(const ce_job *job, int64_t first, int64_t last, void *scratch, ce_tally *tally);
 typedef size_t (*ce_scratch_fn)(const ce_job *job);
 
+/* One phase of one unit: a row in CE_BEGIN and CE_FINISH, one after another; a part of a row, counted along the rows, in
+   CE_STATISTICS and, with a gradient, CE_WRITE, in any order. scratch: as many bytes as asked for, shared; of a job that
+   does not go by parts, none are. */
+typedef enum { CE_BEGIN, CE_STATISTICS, CE_FINISH, CE_WRITE } ce_phase;
+typedef void (*ce_parts_fn)(const ce_job *job, ce_phase phase, int64_t unit, void *scratch, ce_tally *tally);
+
 /* Elements [first, last) in C order; *bad becomes 1 if a target that counts lies outside [0, 1]. */
 typedef double (*ce_elements_fn)(const ce_element_job *job, int64_t first, int64_t last, int *bad);
 
@@ -134,6 +141,8 @@ typedef struct {
     const char *name;
     ce_rows_fn rows_float64, rows_float32; /* by compute dtype */
     ce_scratch_fn scratch_float64, scratch_float32;
+    ce_parts_fn parts_float64, parts_float32;
+    ce_scratch_fn parts_scratch_float64, parts_scratch_float32;
     ce_elements_fn elements_float64, elements_float32;
     ce_probabilities_fn probabilities_float64, probabilities_float32;
     ce_label_range_fn label_range;

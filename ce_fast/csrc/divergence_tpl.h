@@ -26,7 +26,7 @@ static NAME(distribution) NAME(distribution_of)(const ce_job *job, int64_t i)
         return d;
     d.row.t = NAME(argmax)(&d.row, 0);
     double x_t = NAME(logit)(&d.row, d.row.t);
-    NAME(sums) sums = NAME(statistics)(&d.row, x_t);
+    NAME(sums) sums = NAME(statistics)(&d.row, x_t, 0, job->n_classes);
     ce_row_stats stats = NAME(row_stats)(&d.row, &sums, x_t);
     d.pivot = stats.pivot;
     d.lse_minus_pivot = stats.lse_minus_pivot;

@@ -12,6 +12,7 @@
 #define SINT int64_t
 #define NAME(name) ce_##name##_float64
 #include "rows_tpl.h"
+#include "parts_tpl.h"
 #include "ways_tpl.h"
 #include "elements_tpl.h"
 #include "probabilities_tpl.h"
@@ -33,6 +34,7 @@
 #define SINT int32_t
 #define NAME(name) ce_##name##_float32
 #include "rows_tpl.h"
+#include "parts_tpl.h"
 #include "ways_tpl.h"
 #include "elements_tpl.h"
 #include "probabilities_tpl.h"
@@ -47,6 +49,10 @@ const ce_table CE_TABLE(CE_ISA) = {
     .rows_float32 = ce_rows_float32,
     .scratch_float64 = ce_scratch_float64,
     .scratch_float32 = ce_scratch_float32,
+    .parts_float64 = ce_parts_float64,
+    .parts_float32 = ce_parts_float32,
+    .parts_scratch_float64 = ce_parts_scratch_float64,
+    .parts_scratch_float32 = ce_parts_scratch_float32,
     .elements_float64 = ce_elements_float64,
     .elements_float32 = ce_elements_float32,
     .probabilities_float64 = ce_probabilities_float64,

@@ -253,7 +253,8 @@ static void NAME(add_moments)(NAME(sums) *s, const REAL *x, const REAL *mass, in
     ce_add(&s->moment, NAME(sum_lanes)(moments, CE_LANES));
 }
 
-static NAME(sums) NAME(statistics)(const NAME(row) *row, double x_t)
+/* of the classes [first, last), first a multiple of CE_TILE */
+static NAME(sums) NAME(statistics)(const NAME(row) *row, double x_t, int64_t first, int64_t last)
 {
     const ce_job *job = row->job;
     int with_mass = (job->off != 0 || row->q) && job->rule == CE_CROSS_ENTROPY;
@@ -264,8 +265,8 @@ static NAME(sums) NAME(statistics)(const NAME(row) *row, double x_t)
         NAME(set_reference)(&s, (REAL)x_t, t);
     s.infinite = row->t >= 0 && x_t > 0 && isinf(x_t);
     int64_t size = job->logits.class_stride;
-    for (int64_t j = 0; j < job->n_classes; j += CE_TILE) {
-        int64_t n = job->n_classes - j < CE_TILE ? job->n_classes - j : CE_TILE, padded;
+    for (int64_t j = first; j < last; j += CE_TILE) {
+        int64_t n = last - j < CE_TILE ? last - j : CE_TILE, padded;
         const REAL *x = NAME(tile)(row, j, n, buffer, &padded);
         const char *ahead = row->x + (j + CE_TILE) * size; /* right where the classes are contiguous */
         REAL max = NAME(tile_max)(x, padded);
@@ -427,20 +428,21 @@ static void NAME(write_hess)(const NAME(row) *row, const NAME(slopes) *g, int64_
     NAME(store)(hess + j * job->hess.class_stride, job->hess.class_stride, job->hess.dtype, n, buffer);
 }
 
-static void NAME(write_gradient)(const NAME(row) *row, const NAME(sums) *s, const NAME(slopes) *g, char *hess)
+static void NAME(write_gradient)(const NAME(row) *row, const NAME(sums) *s, const NAME(slopes) *g, char *hess,
+                                 int64_t first, int64_t last)
 {
     const ce_job *job = row->job;
     int with_mass = job->off != 0 || row->q;
     REAL buffer[CE_TILE], pull[CE_TILE], slope[CE_TILE], raw[CE_TILE];
-    for (int64_t j = 0; j < job->n_classes; j += CE_TILE) {
-        int64_t n = job->n_classes - j < CE_TILE ? job->n_classes - j : CE_TILE, padded;
+    for (int64_t j = first; j < last; j += CE_TILE) {
+        int64_t n = last - j < CE_TILE ? last - j : CE_TILE, padded;
         double factor = g->scale * g->rule.a * g->inverse_sum;
         const REAL *x = buffer;
         REAL *out = buffer;
         if (row->store_exp) {
             const ce_reference *m = &row->tiles[j / CE_TILE];
-            if (m->base != s->m.base || m->n != s->m.n)
-                factor *= ce_exp_scaled(m->base - s->m.base, s->m.n - m->n, &job->temperature);
+            if (m->base != s->m.base || m->n != s->m.n) /* it has risen, unless a tile of nothing but -inf had none */
+                factor *= fmin(1, ce_exp_scaled(m->base - s->m.base, s->m.n - m->n, &job->temperature));
             out = (REAL *)row->out + j;
         } else {
             x = NAME(tile)(row, j, n, buffer, &padded);
@@ -483,13 +485,13 @@ static void NAME(write_log_softmax)(const NAME(row) *row, double x_t, double nll
     }
 }
 
-static void NAME(write_constant)(const ce_job *job, const ce_array *array, char *row, REAL value)
+static void NAME(write_constant)(const ce_array *array, char *row, REAL value, int64_t first, int64_t last)
 {
     REAL buffer[CE_TILE];
     for (int64_t k = 0; k < CE_TILE; k++)
         buffer[k] = value;
-    for (int64_t j = 0; j < job->n_classes; j += CE_TILE) {
-        int64_t n = job->n_classes - j < CE_TILE ? job->n_classes - j : CE_TILE;
+    for (int64_t j = first; j < last; j += CE_TILE) {
+        int64_t n = last - j < CE_TILE ? last - j : CE_TILE;
         NAME(store)(row + j * array->class_stride, array->class_stride, array->dtype, n, buffer);
     }
 }
@@ -547,9 +549,9 @@ static int64_t NAME(offset)(const ce_job *job, const ce_array *array, int64_t i)
 static void NAME(fill_row)(const ce_job *job, char *out, char *hess, REAL value)
 {
     if (out)
-        NAME(write_constant)(job, &job->out, out, value);
+        NAME(write_constant)(&job->out, out, value, 0, job->n_classes);
     if (hess)
-        NAME(write_constant)(job, &job->hess, hess, value);
+        NAME(write_constant)(&job->hess, hess, value, 0, job->n_classes);
 }
 
 /* the class left out of the sums: the target, else the one that most of the loss, or of the sum, comes from */
@@ -570,8 +572,7 @@ static int NAME(streams)(const ce_job *job)
     return plain && job->n_rows * job->n_classes * (int64_t)sizeof(REAL) >= CE_STREAM;
 }
 
-static double NAME(softmax_row)(const ce_job *job, int64_t i, int64_t target, double sample_weight, char *out,
-                                char *hess, ce_reference *tiles)
+static NAME(row) NAME(row_of)(const ce_job *job, int64_t i, int64_t target, char *out, ce_reference *tiles)
 {
     NAME(row) row = {job, job->logits.data + NAME(offset)(job, &job->logits, i), NULL, out, -1, 0, tiles, NULL};
     if (job->soft.data)
@@ -581,29 +582,43 @@ static double NAME(softmax_row)(const ce_job *job, int64_t i, int64_t target, do
     row.t = NAME(anchor)(&row, target);
     int by_class = job->softcap != 0 || ((job->off != 0 || row.q) && job->rule != CE_CROSS_ENTROPY);
     row.store_exp = job->emit == CE_GRADIENT && job->out.dtype == REAL_DTYPE && job->out.class_stride == sizeof(REAL) &&
-                    !by_class && !hess;
+                    !by_class && !job->hess.data;
+    return row;
+}
 
+/* what the rule makes of the row's sums */
+static NAME(slopes) NAME(slopes_of)(const NAME(row) *row, const NAME(sums) *sums, double x_t, int64_t i,
+                                    double sample_weight)
+{
+    const ce_job *job = row->job;
+    NAME(slopes) g = {NAME(row_stats)(row, sums, x_t), {0, 1, 0, 0}, 0, 0, 0};
+    if (row->t >= 0) /* with no target at all, the gradient of logsumexp: softmax */
+        g.rule = ce_rule_of(job, &g.stats);
+    double upstream = sample_weight * (job->upstream ? job->upstream[i] : 1);
+    g.inverse_sum = row->left_out && g.stats.sum == 0 ? 0 : 1 / g.stats.sum;
+    g.scale = job->scale * upstream;
+    g.hess_scale = job->hess_scale * upstream;
+    return g;
+}
+
+static double NAME(softmax_row)(const ce_job *job, int64_t i, int64_t target, double sample_weight, char *out,
+                                char *hess, ce_reference *tiles)
+{
+    NAME(row) row = NAME(row_of)(job, i, target, out, tiles);
     double x_t = row.t >= 0 ? NAME(logit)(&row, row.t) : 0; /* before the pass, which may be in place */
-    NAME(sums) sums = NAME(statistics)(&row, x_t);
-    ce_row_stats stats = NAME(row_stats)(&row, &sums, x_t);
+    NAME(sums) sums = NAME(statistics)(&row, x_t, 0, job->n_classes);
+    NAME(slopes) g = NAME(slopes_of)(&row, &sums, x_t, i, sample_weight);
     if (job->lse)
-        ((REAL *)job->lse)[i] = (REAL)(isnan(stats.lse) ? NAME(limit_lse)(&row) : stats.lse);
+        ((REAL *)job->lse)[i] = (REAL)(isnan(g.stats.lse) ? NAME(limit_lse)(&row) : g.stats.lse);
     if (job->emit == CE_LOG_SOFTMAX) {
-        NAME(write_log_softmax)(&row, x_t, stats.target.nll);
+        NAME(write_log_softmax)(&row, x_t, g.stats.target.nll);
         return 0;
     }
-    ce_row_rule rule = {0, 1, 0, 0}; /* with no target at all, the gradient of logsumexp: softmax */
-    if (row.t >= 0)
-        rule = ce_rule_of(job, &stats);
-    if (job->emit == CE_GRADIENT && isnan(stats.lse)) {
+    if (job->emit == CE_GRADIENT && isnan(g.stats.lse))
         NAME(fill_row)(job, out, hess, (REAL)NAN);
-    } else if (job->emit == CE_GRADIENT) {
-        double upstream = sample_weight * (job->upstream ? job->upstream[i] : 1);
-        double inverse_sum = row.left_out && stats.sum == 0 ? 0 : 1 / stats.sum;
-        NAME(slopes) g = {stats, rule, inverse_sum, job->scale * upstream, job->hess_scale * upstream};
-        NAME(write_gradient)(&row, &sums, &g, hess);
-    }
-    return sample_weight * rule.loss;
+    else if (job->emit == CE_GRADIENT)
+        NAME(write_gradient)(&row, &sums, &g, hess, 0, job->n_classes);
+    return sample_weight * g.rule.loss;
 }
 
 #if !REAL_IS_FLOAT

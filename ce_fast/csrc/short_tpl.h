@@ -86,7 +86,7 @@ static void NAME(write_rows)(const ce_job *job, NAME(lanes) *l)
         int streams = contiguous && NAME(streams)(job);
         REAL *g = contiguous && !streams ? (REAL *)out : e;
         if (l->t[p] < 0) {
-            NAME(write_constant)(job, &job->out, out, 0);
+            NAME(write_constant)(&job->out, out, 0, 0, job->n_classes);
             continue;
         }
         NAME(scale_tile)(e, g, job->n_classes, l->a[p] * l->inverse[p] * l->scale[p]);
