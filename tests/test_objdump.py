@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parents[1]
 WIDTHS = {"avx2": "ymm", "avx512": "zmm"}
 FMA = re.compile(r"vfn?m(?:add|sub)\d+(?P<packed>[ps])(?P<type>[sd])")
 TAKES_EXP = re.compile(r"\b(NAME\(exp\)|ce_exp_float(32|64))\(")
-SCALAR = {"modulation", "focal_tile"}  # functions of the templates that take exp of one element at a time
 
 
 class Instruction(NamedTuple):
@@ -102,15 +101,11 @@ def kernels():
 
 
 def places_that_take_exp():
-    """The lines of the templates where exp is taken, but in `SCALAR`, as file:line."""
+    """The lines of the templates where exp is taken, as file:line."""
     found = set()
     for path in ROOT.glob("ce_fast/csrc/*_tpl.h"):
-        function = ""
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
-            if definition := re.match(r"\w.*\bNAME\((\w+)\)\(", line):
-                function = definition[1]
-            if TAKES_EXP.search(line) and function not in SCALAR:
-                found.add(f"{path.name}:{number}")
+        lines = enumerate(path.read_text().splitlines(), start=1)
+        found |= {f"{path.name}:{number}" for number, line in lines if TAKES_EXP.search(line)}
     return found
 
 

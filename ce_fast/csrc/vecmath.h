@@ -84,8 +84,7 @@ CE_INLINE NAME(exp_args) NAME(exp_prepare)(double base, int64_t n, const ce_temp
     return a;
 }
 
-/* single: the polynomial of float, whatever REAL */
-CE_INLINE REAL NAME(exp_to)(REAL x, NAME(exp_args) a, const int single)
+CE_INLINE REAL NAME(exp)(REAL x, NAME(exp_args) a)
 {
     REAL d = x - a.base;
     REAL t = d * a.log2e + MAGIC;
@@ -95,25 +94,24 @@ CE_INLINE REAL NAME(exp_to)(REAL x, NAME(exp_args) a, const int single)
     r -= k * a.ln2_c;
 #endif
     r *= a.inverse;
-    REAL p;
-    if (single) {
-        p = (REAL)0x1.6a22bap-10;
-        p = p * r + (REAL)0x1.123a98p-7;
-        p = p * r + (REAL)0x1.5558f6p-5;
-        p = p * r + (REAL)0x1.555490p-3;
-        p = p * r + (REAL)0x1.fffffcp-2;
-    } else {
-        p = (REAL)0x1.ad7fab91606afp-26;
-        p = p * r + (REAL)0x1.28adef591de38p-22;
-        p = p * r + (REAL)0x1.71df25f5aabe7p-19;
-        p = p * r + (REAL)0x1.a019998a28c10p-16;
-        p = p * r + (REAL)0x1.a01a0129b33e0p-13;
-        p = p * r + (REAL)0x1.6c16c1845839ap-10;
-        p = p * r + (REAL)0x1.1111111127eddp-7;
-        p = p * r + (REAL)0x1.55555555507b3p-5;
-        p = p * r + (REAL)0x1.55555555554f9p-3;
-        p = p * r + (REAL)0x1.000000000000ap-1;
-    }
+#if REAL_IS_FLOAT
+    REAL p = 0x1.6a22bap-10f;
+    p = p * r + 0x1.123a98p-7f;
+    p = p * r + 0x1.5558f6p-5f;
+    p = p * r + 0x1.555490p-3f;
+    p = p * r + 0x1.fffffcp-2f;
+#else
+    REAL p = 0x1.ad7fab91606afp-26;
+    p = p * r + 0x1.28adef591de38p-22;
+    p = p * r + 0x1.71df25f5aabe7p-19;
+    p = p * r + 0x1.a019998a28c10p-16;
+    p = p * r + 0x1.a01a0129b33e0p-13;
+    p = p * r + 0x1.6c16c1845839ap-10;
+    p = p * r + 0x1.1111111127eddp-7;
+    p = p * r + 0x1.55555555507b3p-5;
+    p = p * r + 0x1.55555555554f9p-3;
+    p = p * r + 0x1.000000000000ap-1;
+#endif
     p = p * r + (REAL)1;
     p = p * r + (REAL)1;
     UINT bits;
@@ -122,11 +120,6 @@ CE_INLINE REAL NAME(exp_to)(REAL x, NAME(exp_args) a, const int single)
     REAL power;
     memcpy(&power, &bits, sizeof power);
     return d < a.cutoff ? (REAL)0 : p * power; /* NaN passes, -inf gives 0 */
-}
-
-CE_INLINE REAL NAME(exp)(REAL x, NAME(exp_args) a)
-{
-    return NAME(exp_to)(x, a, REAL_IS_FLOAT);
 }
 
 /* The arguments for the reference n T ln 2 of one lane among others, n an integer. */
