@@ -118,7 +118,7 @@ static int NAME(target_nll)(const ce_job *job, NAME(lanes) *l)
         double x = l->x_t[p], n = l->ref[p], rest = l->rest[p] + l->lost[p];
         double e = ce_exp_float64(x, ce_exp_of_lane_float64(args, ln2, n));
         double most = e >= rest ? e : rest, least = e >= rest ? rest : e;
-        double small = ce_atanh_series_float64(least / (2 * most + least), 17); /* log1p(least / most) */
+        double small = ce_log1p_unit_float64(least / most);
         double m_minus_z = (((n + CE_LEAD) * t->ln2_high - x) + (n + CE_LEAD) * t->ln2_low) * inverse_t;
         double nll = e >= rest ? small : m_minus_z + ce_log_float64(rest * lead) + small;
         odd |= nll != nll;

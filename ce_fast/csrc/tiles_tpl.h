@@ -160,8 +160,8 @@ CE_INLINE void NAME(add_exp)(const ce_job *job, int64_t k, int64_t n_classes, NA
         for (int64_t j = 0; j < n_classes; j += CE_CLASS_RUN) {
             int64_t end = j + CE_CLASS_RUN < n_classes ? j + CE_CLASS_RUN : n_classes;
             REAL run[LANES];
-            for (int l = 0; l < LANES; l++) /* no memset, see setup.py */
-                run[l] = 0;
+            for (int i = 0; i < LANES; i++) /* no memset, see setup.py */
+                run[i] = 0;
             for (int64_t c = j; c < end; c++) {
                 if (ahead) {
                     __builtin_prefetch(ahead + (k + c) * along + p * (int)sizeof(REAL));

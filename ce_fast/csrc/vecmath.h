@@ -139,16 +139,6 @@ CE_INLINE REAL NAME(round)(REAL v)
     return (v + MAGIC) - MAGIC;
 }
 
-/* 2 atanh(s) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...); for |s| <= 1/3 8 terms give 2^-29, 17 terms 2^-58 */
-CE_INLINE REAL NAME(atanh_series)(REAL s, const int terms)
-{
-    REAL v = s * s, sum = 0;
-#pragma GCC unroll 17
-    for (int i = terms; i > 0; i--)
-        sum = (sum + (REAL)1 / (REAL)(2 * i + 1)) * v;
-    return 2 * (s + s * sum);
-}
-
 /* exp(x) - 1 for -0.5 <= x <= 0, by its series */
 CE_INLINE REAL NAME(expm1)(REAL x)
 {
