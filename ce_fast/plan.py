@@ -8,6 +8,8 @@ import numpy as np
 
 BLOCK_LOGITS = 32768  # logits a block: 128 KiB of float32, some 10 us of work; a block is never less than a row
 
+LANES = 128 # rows
+
 CHUNK_BYTES = 1 << 22  # two huge pages: threads that meet on a new one both clear it, which cost a new gradient 25 %
 
 FEW_ROWS = 32  # at most, whose classes are cut into parts: more of them keep the threads busy, a row each
@@ -39,6 +41,7 @@ def make_plan(
     """wide: compute in float64 whatever the dtype, for a loss that magnifies what is rounded."""
     n_rows = math.prod(outer_shape)
     block_rows = max(1, BLOCK_LOGITS // n_classes)
+    block_rows -= block_rows % LANES if block_rows > LANES else 0
     n_blocks = -(-n_rows // block_rows)
     part_classes = _part_classes(n_rows, n_classes)
     n_units = n_rows * -(-n_classes // part_classes) if part_classes else n_blocks

@@ -4,6 +4,9 @@
  * logits. The sums come from tiles_tpl.h, class-major, or from short_tpl.h, along the rows. Where a lane is out of the
  * ordinary (NaN, +inf, nothing but -inf, logits of CE_BASE_LIMIT and more) all of them go row by row.
  */
+#ifndef CE_SLACK
+#define CE_SLACK 32 /* powers of 2 that a logit may be above those the reference is taken from */
+#endif
 #define ROWS ((int)(512 / sizeof(REAL)))  /* at a time, at most */
 #define LANES ((int)(128 / sizeof(REAL))) /* two vectors of 512 bits, in registers together */
 
@@ -31,6 +34,7 @@ CE_INLINE double NAME(over_lanes)(const double *value, int padded)
     for (int p = 0; p < padded; p += LANES)
         for (int i = 0; i < LANES; i++)
             sum[i] += value[p + i];
+#pragma GCC unroll 8
     for (int half = LANES / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++)
             sum[i] += sum[i + half];
@@ -112,15 +116,16 @@ static int NAME(target_nll)(const ce_job *job, NAME(lanes) *l)
 {
     const ce_temperature *t = &job->temperature;
     ce_exp_args_float64 args = ce_exp_prepare_float64(0, 0, t);
-    double ln2 = t->ln2_high + t->ln2_low, lead = ldexp(1, -CE_LEAD), inverse_t = 1 / t->value;
+    double ln2 = t->ln2_high + t->ln2_low, inverse_t = 1 / t->value;
     int odd = 0;
     for (int p = 0; p < l->padded; p++) {
-        double x = l->x_t[p], n = l->ref[p], rest = l->rest[p] + l->lost[p];
+        double x = l->x_t[p], n = l->ref[p], k, rest = l->rest[p] + l->lost[p];
         double e = ce_exp_float64(x, ce_exp_of_lane_float64(args, ln2, n));
         double most = e >= rest ? e : rest, least = e >= rest ? rest : e;
         double small = ce_log1p_unit_float64(least / most);
-        double m_minus_z = (((n + CE_LEAD) * t->ln2_high - x) + (n + CE_LEAD) * t->ln2_low) * inverse_t;
-        double nll = e >= rest ? small : m_minus_z + ce_log_float64(rest * lead) + small;
+        double log_f = ce_log_parts_float64(rest, &k); /* k ln 2 to that of m: both may be large, and cancel */
+        double minus_z = (((n + k) * t->ln2_high - x) + (n + k) * t->ln2_low) * inverse_t;
+        double nll = e >= rest ? small : minus_z + log_f + small;
         odd |= nll != nll;
         l->nll[p] = nll;
         l->p[p] = e;
@@ -133,11 +138,10 @@ static int NAME(target_nll)(const ce_job *job, NAME(lanes) *l)
 static void NAME(target_slopes)(const ce_job *job, NAME(lanes) *l)
 {
     const ce_temperature *t = &job->temperature;
-    double lead = ldexp(1, -CE_LEAD);
     if (job->z_loss != 0)
         for (int p = 0; p < l->padded; p++) {
-            double n = l->ref[p] + CE_LEAD, log_sum = ce_log_float64((l->p[p] + l->q[p]) * lead);
-            double by_sum = (n * t->ln2_high + n * t->ln2_low) / t->value + log_sum;
+            double k, log_f = ce_log_parts_float64(l->p[p] + l->q[p], &k), n = l->ref[p] + k;
+            double by_sum = (n * t->ln2_high + n * t->ln2_low) / t->value + log_f;
             l->lse[p] = l->p[p] >= l->q[p] ? l->x_t[p] / t->value + l->nll[p] : by_sum; /* may be near 0 */
         }
     for (int p = 0; p < l->padded; p++) {

@@ -167,6 +167,7 @@ static void NAME(mass_tile)(const NAME(row) *row, int64_t j, int64_t n, int64_t 
 /* by halves: one after another, the 32 dependent additions took half as long as the tile's exponentials */
 CE_INLINE double NAME(sum_lanes)(double *sum, const int n_lanes)
 {
+#pragma GCC unroll 8
     for (int half = n_lanes / 2; half > 0; half /= 2)
         for (int l = 0; l < half; l++)
             sum[l] += sum[l + half];
@@ -181,6 +182,7 @@ static REAL NAME(tile_max)(const REAL *x, int64_t n)
     for (int64_t k = 0; k < n; k += CE_LANES)
         for (int l = 0; l < CE_LANES; l++)
             lanes[l] = x[k + l] > lanes[l] ? x[k + l] : lanes[l]; /* NaN is passed over */
+#pragma GCC unroll 8
     for (int half = CE_LANES / 2; half > 0; half /= 2)
         for (int l = 0; l < half; l++)
             lanes[l] = lanes[l + half] > lanes[l] ? lanes[l + half] : lanes[l];

@@ -11,7 +11,7 @@ CE_INLINE int64_t NAME(pitch)(const ce_job *job)
 }
 
 /* the largest of n >= STEP elements, or, where one is NaN, NaN or any of them */
-static REAL NAME(largest)(const REAL *x, int64_t n)
+CE_INLINE REAL NAME(largest)(const REAL *x, int64_t n)
 {
     REAL max[STEP];
     for (int l = 0; l < STEP; l++)
@@ -19,59 +19,126 @@ static REAL NAME(largest)(const REAL *x, int64_t n)
     for (int64_t k = 0; k + STEP <= n; k += STEP)
         for (int l = 0; l < STEP; l++)
             max[l] = x[k + l] > max[l] ? x[k + l] : max[l];
+#pragma GCC unroll 8
     for (int half = STEP / 2; half > 0; half /= 2)
         for (int l = 0; l < half; l++)
             max[l] = max[l + half] > max[l] ? max[l + half] : max[l];
     return max[0];
 }
 
-/* The rows without their targets, padded with -inf; the largest logit of each to ref. In a row that does not count, nothing
-   is read. */
-static void NAME(load_short)(const ce_job *job, NAME(lanes) *l)
+/* exp(x - m) to e, which may be x, of n >= STEP elements; of what is above `most`, exp(most - m). Meanwhile comes into the
+   cache what will be read next, elements of `size` bytes. */
+CE_INLINE void NAME(short_exp)(const REAL *x, REAL *e, int64_t n, REAL most, NAME(exp_args) args, const char *ahead,
+                               int64_t size)
 {
-    int64_t n = job->n_classes, pitch = NAME(pitch)(job);
-    int direct = job->logits.dtype == REAL_DTYPE && job->logits.class_stride == sizeof(REAL);
-    for (int p = 0; p < l->padded; p++) {
-        REAL *x = l->x + p * pitch;
-        l->x_t[p] = l->ref[p] = 0;
-        for (int64_t k = l->t[p] < 0 ? 0 : n; k < pitch; k++)
-            x[k] = -(REAL)INFINITY;
-        if (l->t[p] < 0)
-            continue;
-        const char *logits = job->logits.data + NAME(offset)(job, &job->logits, l->first + p);
-        if (direct)
-            memcpy(x, logits, (size_t)n * sizeof(REAL));
-        else
-            NAME(load)(logits, job->logits.class_stride, job->logits.dtype, n, x);
-        l->ref[p] = NAME(largest)(x, n);
-        l->x_t[p] = x[l->t[p]];
-        x[l->t[p]] = -(REAL)INFINITY; /* after the maximum: a vector that is read right after a part of it was written waits */
+    REAL tail[STEP];
+    for (int l = 0; l < STEP; l++) {
+        REAL z = x[n - STEP + l];
+        tail[l] = NAME(exp)(z > most ? most : z, args);
     }
+    for (int64_t k = 0; k + STEP <= n; k += STEP) {
+        __builtin_prefetch(ahead + k * size);
+#pragma GCC ivdep
+        for (int l = 0; l < STEP; l++) {
+            REAL z = x[k + l];
+            e[k + l] = NAME(exp)(z > most ? most : z, args);
+        }
+    }
+    for (int l = 0; l < STEP; l++)
+        e[n - STEP + l] = tail[l];
 }
 
-/* exp(z - m) of the rows and their sums; 0 if a row is out of the ordinary. Loop after loop over all rows: within one row
-   each step waits for the one before, which took a third more. */
+/* sum of n elements, whole lanes: a run of them in REAL, runs in double */
+CE_INLINE double NAME(sum_of_lanes)(const REAL *e, int64_t n, const int n_lanes)
+{
+    double sums[CE_LANES];
+    for (int l = 0; l < n_lanes; l++) /* no memset, see setup.py */
+        sums[l] = 0;
+    const int64_t run = CE_RUN / CE_LANES * n_lanes;
+    for (int64_t j = 0; j < n; j += run) {
+        int64_t end = j + run < n ? j + run : n;
+        REAL lanes[CE_LANES];
+        for (int l = 0; l < n_lanes; l++)
+            lanes[l] = e[j + l];
+        for (int64_t k = j + n_lanes; k < end; k += n_lanes)
+            for (int l = 0; l < n_lanes; l++)
+                lanes[l] += e[k + l];
+        for (int l = 0; l < n_lanes; l++)
+            sums[l] += (double)lanes[l];
+    }
+    return NAME(sum_lanes)(sums, n_lanes);
+}
+
+static double NAME(sum_short)(const REAL *e, int64_t n)
+{
+    return n <= CE_RUN ? NAME(sum_of_lanes)(e, n, STEP) : NAME(sum_of_lanes)(e, n, CE_LANES);
+}
+
+/* The row's logits: as they lie, or copied to where its exponentials will be. */
+CE_INLINE const REAL *NAME(short_row)(const ce_job *job, const NAME(lanes) *l, int p, REAL *e)
+{
+    const ce_array *x = &job->logits;
+    const char *logits = x->data + NAME(offset)(job, x, l->first + p);
+    if (x->dtype == REAL_DTYPE && x->class_stride == sizeof(REAL))
+        return (const REAL *)logits;
+    NAME(load)(logits, x->class_stride, x->dtype, job->n_classes, e);
+    return e;
+}
+
+/* exp(z - m) of row p, m = ref ln 2, to e */
+static void NAME(exp_of_row)(const ce_job *job, const NAME(lanes) *l, int p, const REAL *x, REAL *e)
+{
+    const ce_temperature *t = &job->temperature;
+    REAL ln2 = (REAL)(t->ln2_high + t->ln2_low), most = (l->ref[p] + (CE_LEAD + CE_SLACK)) * ln2;
+    NAME(exp_args) args = NAME(exp_of_lane)(NAME(exp_prepare)(0, 0, t), ln2, l->ref[p]);
+    int64_t next = l->first + p + l->padded; /* a row of the next batch */
+    const char *ahead = job->logits.data + NAME(offset)(job, &job->logits, next < job->n_rows ? next : l->first);
+    NAME(short_exp)(x, e, job->n_classes, most, args, ahead, job->logits.class_stride);
+}
+
+/* exp(z - m) of the rows and their sums without the target; 0 if a row is out of the ordinary. The reference is taken from a
+   row's first classes, or from all where those turn out to be far below. In a row that does not count, nothing is read.
+   Loop after loop over all rows: within one row each step waits for the one before. */
 static int NAME(sum_rows)(const ce_job *job, NAME(lanes) *l)
 {
     int64_t n = job->n_classes, pitch = NAME(pitch)(job);
-    NAME(exp_args) args = NAME(exp_prepare)(0, 0, &job->temperature);
-    REAL limit = (REAL)(CE_BASE_LIMIT * job->temperature.value), log2e = (REAL)job->temperature.log2e;
-    REAL ln2 = (REAL)(job->temperature.ln2_high + job->temperature.ln2_low);
-    int64_t size = job->logits.class_stride;
-    int odd = 0;
-    NAME(load_short)(job, l);
+    const ce_temperature *t = &job->temperature;
+    REAL limit = (REAL)(CE_BASE_LIMIT * t->value), log2e = (REAL)t->log2e, ln2 = (REAL)(t->ln2_high + t->ln2_low);
+    const REAL *rows[ROWS];
+    REAL max[ROWS];
     for (int p = 0; p < l->padded; p++) {
-        odd |= !(l->ref[p] < limit) | !(l->ref[p] > -limit);
-        l->ref[p] = NAME(round)(l->ref[p] * log2e) - CE_LEAD;
-        l->lost[p] = 0;
+        REAL *e = l->x + p * pitch;
+        for (int64_t k = pitch - CE_LANES; k < pitch; k++) /* what of it is padding stays 0 */
+            e[k] = 0;
+        rows[p] = l->t[p] < 0 ? NULL : NAME(short_row)(job, l, p, e);
+        max[p] = rows[p] ? NAME(largest)(rows[p], rows[p] == e ? n : STEP) : 0;
+        l->x_t[p] = rows[p] ? rows[p][l->t[p]] : 0;
     }
     for (int p = 0; p < l->padded; p++) {
-        REAL *x = l->x + p * pitch;
-        NAME(exp_args) of_row = NAME(exp_of_lane)(args, ln2, l->ref[p]);
-        int64_t next = l->first + p + l->padded; /* a row of the next batch */
-        const char *ahead = job->logits.data + NAME(offset)(job, &job->logits, next < job->n_rows ? next : l->first);
-        l->rest[p] = n <= CE_RUN ? NAME(lanes_exp)(x, x, 1, pitch, of_row, ahead, size, STEP)
-                                 : NAME(lanes_exp)(x, x, 1, pitch, of_row, ahead, size, CE_LANES);
+        l->ref[p] = NAME(round)(max[p] * log2e) - CE_LEAD;
+        l->rest[p] = l->lost[p] = 0;
+    }
+    for (int p = 0; p < l->padded; p++)
+        if (rows[p])
+            NAME(exp_of_row)(job, l, p, rows[p], l->x + p * pitch);
+    for (int p = 0; p < l->padded; p++)
+        if (rows[p])
+            l->x[p * pitch + l->t[p]] = 0;
+    for (int p = 0; p < l->padded; p++)
+        if (rows[p])
+            l->rest[p] = NAME(sum_short)(l->x + p * pitch, pitch);
+    int odd = 0;
+    for (int p = 0; p < l->padded; p++) {
+        REAL most = (l->ref[p] + (CE_LEAD + CE_SLACK)) * ln2;
+        int below = !(l->rest[p] < 0x1p50) | !(l->x_t[p] < most) | !(max[p] > -limit);
+        if (below && rows[p] && rows[p] != l->x + p * pitch) {
+            max[p] = NAME(largest)(rows[p], n);
+            l->ref[p] = NAME(round)(max[p] * log2e) - CE_LEAD;
+            NAME(exp_of_row)(job, l, p, rows[p], l->x + p * pitch);
+            l->x[p * pitch + l->t[p]] = 0;
+            l->rest[p] = NAME(sum_short)(l->x + p * pitch, pitch);
+        }
+        odd |= !(max[p] < limit) | !(max[p] > -limit);
     }
     return !odd;
 }

@@ -102,96 +102,128 @@ static void NAME(load_lanes)(const ce_job *job, int64_t k, int64_t n_classes, NA
     NAME(each_class)(job, &job->logits, k, n_classes, l, 0);
     for (int p = 0; p < l->padded && !l->all; p++)
         for (int64_t j = 0; j < n_classes && l->t[p] < 0; j++)
-            l->x[j * PITCH + p] = l->x_t[p] = 0;
-    for (int p = 0; p < l->padded; p++)
-        if ((UINT)(l->t[p] - (SINT)k) < (UINT)n_classes)
-            l->x_t[p] = l->x[(l->t[p] - k) * PITCH + p];
+            l->x[j * PITCH + p] = 0;
 }
 
-/* The references move to CE_LEAD ln 2 below the largest logit, where that is larger than all before, and sums with them.
-   0: a lane is out of the ordinary. */
-static int NAME(move_references)(const ce_job *job, int64_t k, int64_t n_classes, NAME(lanes) *l)
+/* the references of LANES lanes from the largest of the first classes */
+CE_INLINE void NAME(first_references)(const ce_job *job, int64_t first, const REAL *x, int64_t pitch, REAL *ref)
 {
-    REAL limit = (REAL)(CE_BASE_LIMIT * job->temperature.value), log2e = (REAL)job->temperature.log2e;
+    REAL limit = (REAL)(CE_BASE_LIMIT * job->temperature.value), log2e = (REAL)job->temperature.log2e, max[LANES];
+    for (int i = 0; i < LANES; i++)
+        max[i] = -limit;
+    for (int64_t c = 0; c < first; c++)
+        for (int i = 0; i < LANES; i++)
+            max[i] = x[c * pitch + i] > max[i] ? x[c * pitch + i] : max[i];
+    for (int i = 0; i < LANES; i++)
+        ref[i] = NAME(round)(max[i] * log2e) - CE_LEAD;
+}
+
+/* The references of LANES lanes go to CE_LEAD ln 2 below max, where that exceeds bound; sums follow. */
+static void NAME(move_references)(const ce_temperature *t, const REAL *max, const REAL *bound, REAL *ref, double *rest,
+                                  double *lost)
+{
+    for (int i = 0; i < LANES; i++) {
+        REAL before = ref[i];
+        ref[i] = max[i] > bound[i] ? NAME(round)(max[i] * (REAL)t->log2e) - CE_LEAD : before;
+        double factor = ce_exp2_float64((double)before - (double)ref[i]);
+        rest[i] *= factor;
+        lost[i] *= factor;
+    }
+}
+
+/* exp(z - m) of LANES lanes of a tile of logits x, to e if store, and their sums without the target t; 0 if a logit exceeds
+   the bound of its lane: nothing has been added then, and top is known. */
+CE_INLINE int NAME(add_lanes)(const ce_temperature *of, const REAL *x, int64_t pitch, int64_t n_classes, const SINT *target,
+                              const REAL *ref, double *rest, double *lost, REAL *target_x, REAL *top_x, REAL *e,
+                              const char *ahead, int64_t along, int store)
+{
+    NAME(exp_args) args = NAME(exp_prepare)(0, 0, of);
+    REAL ln2 = (REAL)(of->ln2_high + of->ln2_low), cutoff[LANES], top[LANES], x_t[LANES];
+    UINT shift[LANES];
+    SINT t[LANES];
+    double sum[LANES], rounded[LANES];
+    for (int i = 0; i < LANES; i++) {
+        NAME(exp_args) of_lane = NAME(exp_of_lane)(args, ln2, ref[i]);
+        cutoff[i] = of_lane.cutoff;
+        shift[i] = of_lane.shift;
+        top[i] = -(REAL)INFINITY;
+        t[i] = target[i];
+        x_t[i] = target_x[i];
+        sum[i] = rest[i];
+        rounded[i] = lost[i];
+    }
+    for (int64_t j = 0; j < n_classes; j += CE_CLASS_RUN) {
+        int64_t end = j + CE_CLASS_RUN < n_classes ? j + CE_CLASS_RUN : n_classes;
+        REAL run[LANES];
+        for (int i = 0; i < LANES; i++) /* no memset, see setup.py */
+            run[i] = 0;
+        for (int64_t c = j; c < end; c++) {
+            __builtin_prefetch(ahead + c * along);
+            __builtin_prefetch(ahead + c * along + 64);
+#pragma GCC ivdep
+            for (int i = 0; i < LANES; i++) {
+                args.cutoff = cutoff[i];
+                args.shift = shift[i];
+                REAL z = x[c * pitch + i], v = NAME(exp)(z, args);
+                run[i] += t[i] == (SINT)c ? 0 : v;
+                x_t[i] = t[i] == (SINT)c ? z : x_t[i];
+                top[i] = z > top[i] ? z : top[i];
+                if (store)
+                    e[c * PITCH + i] = v;
+            }
+        }
+        for (int i = 0; i < LANES; i++) {
+#if REAL_IS_FLOAT
+            sum[i] += (double)run[i];
+#else /* Knuth's sum: the order of magnitudes is not known */
+            double high = sum[i] + run[i], back = high - sum[i];
+            rounded[i] += (sum[i] - (high - back)) + (run[i] - back);
+            sum[i] = high;
+#endif
+        }
+    }
+    int above = 0;
+    for (int i = 0; i < LANES; i++) {
+        above |= top[i] > (ref[i] + (CE_LEAD + CE_SLACK)) * ln2;
+        top_x[i] = top[i];
+        target_x[i] = x_t[i];
+    }
+    for (int i = 0; i < LANES && !above; i++) {
+        rest[i] = sum[i];
+        lost[i] = rounded[i];
+    }
+    return !above;
+}
+
+/* exp(z - m) of a tile of logits x, to l->x if store, and its sums without the target; 0 if a lane is out of the ordinary.
+   References come from the first classes, if any are named, and from the largest logit where that is far above them. */
+CE_INLINE int NAME(add_exp)(const ce_job *job, int64_t k, int64_t n_classes, NAME(lanes) *l, const REAL *x, int64_t pitch,
+                            const char *ahead, int64_t along, int64_t first, int store)
+{
+    const ce_temperature *of = &job->temperature;
+    REAL limit = (REAL)(CE_BASE_LIMIT * of->value), ln2 = (REAL)(of->ln2_high + of->ln2_low);
     int odd = 0;
     for (int p = 0; p < l->padded; p += LANES) {
-        REAL max[LANES];
+        REAL top[LANES], bound[LANES];
+        SINT t[LANES];
         for (int i = 0; i < LANES; i++)
-            max[i] = l->x[p + i];
-        for (int64_t j = 1; j < n_classes; j++)
-            for (int i = 0; i < LANES; i++)
-                max[i] = l->x[j * PITCH + p + i] > max[i] ? l->x[j * PITCH + p + i] : max[i];
-        for (int i = 0; i < LANES; i++) {
-            odd |= !(max[i] < limit) | !(max[i] > -limit);
-            REAL ref = NAME(round)(max[i] * log2e) - CE_LEAD, before = k == 0 ? ref : l->ref[p + i];
-            l->ref[p + i] = ref > before ? ref : before;
-            max[i] = before - l->ref[p + i];
+            t[i] = l->t[p + i] - (SINT)k;
+        if (first)
+            NAME(first_references)(job, first, x + p, pitch, l->ref + p);
+        while (!NAME(add_lanes)(of, x + p, pitch, n_classes, t, l->ref + p, l->rest + p, l->lost + p, l->x_t + p, top,
+                                l->x + p, ahead + k * along + p * (int)sizeof(REAL), along, store)) {
+            for (int i = 0; i < LANES; i++) {
+                bound[i] = (l->ref[p + i] + (CE_LEAD + CE_SLACK)) * ln2;
+                odd |= !(top[i] < limit);
+            }
+            if (odd)
+                return 0;
+            NAME(move_references)(of, top, bound, l->ref + p, l->rest + p, l->lost + p);
         }
-        for (int i = 0; i < LANES && k > 0; i++) {
-            l->rest[p + i] *= ce_exp2_float64((double)max[i]);
-            l->lost[p + i] *= ce_exp2_float64((double)max[i]);
-        }
+        for (int i = 0; i < LANES; i++)
+            odd |= !(top[i] < limit) | !(top[i] > -limit);
     }
     return !odd;
-}
-
-/* exp(z - m) of the tile, and its sums without the target */
-CE_INLINE void NAME(add_exp)(const ce_job *job, int64_t k, int64_t n_classes, NAME(lanes) *l,
-                            const char *ahead, int store)
-{
-    int64_t along = job->logits.class_stride, across = job->logits.outer_stride[job->n_outer - 1];
-    if (across > along) /* rows one after another: the next tile is one piece */
-        along = across / job->n_classes * ROWS;
-    NAME(exp_args) args = NAME(exp_prepare)(0, 0, &job->temperature);
-    REAL ln2 = (REAL)(job->temperature.ln2_high + job->temperature.ln2_low);
-    for (int p = 0; p < l->padded; p += LANES) {
-        double sum[LANES], lost[LANES];
-        SINT t[LANES];
-        REAL cutoff[LANES];
-        UINT shift[LANES];
-        for (int i = 0; i < LANES; i++) {
-            NAME(exp_args) of_lane = NAME(exp_of_lane)(args, ln2, l->ref[p + i]);
-            cutoff[i] = of_lane.cutoff;
-            shift[i] = of_lane.shift;
-            sum[i] = k == 0 ? 0 : l->rest[p + i];
-            lost[i] = k == 0 ? 0 : l->lost[p + i];
-            t[i] = l->t[p + i] - (SINT)k;
-        }
-        for (int64_t j = 0; j < n_classes; j += CE_CLASS_RUN) {
-            int64_t end = j + CE_CLASS_RUN < n_classes ? j + CE_CLASS_RUN : n_classes;
-            REAL run[LANES];
-            for (int i = 0; i < LANES; i++) /* no memset, see setup.py */
-                run[i] = 0;
-            for (int64_t c = j; c < end; c++) {
-                if (ahead) {
-                    __builtin_prefetch(ahead + (k + c) * along + p * (int)sizeof(REAL));
-                    __builtin_prefetch(ahead + (k + c) * along + p * (int)sizeof(REAL) + 64);
-                }
-#pragma GCC ivdep
-                for (int i = 0; i < LANES; i++) {
-                    args.cutoff = cutoff[i];
-                    args.shift = shift[i];
-                    REAL v = NAME(exp)(l->x[c * PITCH + p + i], args);
-                    run[i] += t[i] == (SINT)c ? 0 : v;
-                    if (store)
-                        l->x[c * PITCH + p + i] = v;
-                }
-            }
-            for (int i = 0; i < LANES; i++) {
-#if REAL_IS_FLOAT
-                sum[i] += (double)run[i];
-#else /* Knuth's sum: the order of magnitudes is not known */
-                double high = sum[i] + run[i], back = high - sum[i];
-                lost[i] += (sum[i] - (high - back)) + (run[i] - back);
-                sum[i] = high;
-#endif
-            }
-        }
-        for (int i = 0; i < LANES; i++) {
-            l->rest[p + i] = sum[i];
-            l->lost[p + i] = lost[i];
-        }
-    }
 }
 
 /* a p_k for the tile of exponentials, g_t at the target; products that would be subnormal become 0 */

@@ -94,25 +94,17 @@ CE_INLINE REAL NAME(exp)(REAL x, NAME(exp_args) a)
     r -= k * a.ln2_c;
 #endif
     r *= a.inverse;
+    REAL r2 = r * r; /* by pairs: term after term, 44 cycles of one multiplication waiting for the one before */
 #if REAL_IS_FLOAT
-    REAL p = 0x1.6a22bap-10f;
-    p = p * r + 0x1.123a98p-7f;
-    p = p * r + 0x1.5558f6p-5f;
-    p = p * r + 0x1.555490p-3f;
-    p = p * r + 0x1.fffffcp-2f;
+    REAL low = 1 + 0x1.fffffcp-2f * r, high = (0x1.555490p-3f + 0x1.5558f6p-5f * r) + r2 * (0x1.123a98p-7f + 0x1.6a22bap-10f * r);
+    REAL p = low + r2 * high;
 #else
-    REAL p = 0x1.ad7fab91606afp-26;
-    p = p * r + 0x1.28adef591de38p-22;
-    p = p * r + 0x1.71df25f5aabe7p-19;
-    p = p * r + 0x1.a019998a28c10p-16;
-    p = p * r + 0x1.a01a0129b33e0p-13;
-    p = p * r + 0x1.6c16c1845839ap-10;
-    p = p * r + 0x1.1111111127eddp-7;
-    p = p * r + 0x1.55555555507b3p-5;
-    p = p * r + 0x1.55555555554f9p-3;
-    p = p * r + 0x1.000000000000ap-1;
+    REAL r4 = r2 * r2;
+    REAL low = (1 + 0x1.000000000000ap-1 * r) + r2 * (0x1.55555555554f9p-3 + 0x1.55555555507b3p-5 * r);
+    REAL mid = (0x1.1111111127eddp-7 + 0x1.6c16c1845839ap-10 * r) + r2 * (0x1.a01a0129b33e0p-13 + 0x1.a019998a28c10p-16 * r);
+    REAL high = (0x1.71df25f5aabe7p-19 + 0x1.28adef591de38p-22 * r) + r2 * 0x1.ad7fab91606afp-26;
+    REAL p = low + r4 * (mid + r4 * high);
 #endif
-    p = p * r + (REAL)1;
     p = p * r + (REAL)1;
     UINT bits;
     memcpy(&bits, &t, sizeof bits);
@@ -227,17 +219,10 @@ CE_INLINE REAL NAME(log_parts)(REAL v, REAL *k)
     memcpy(&f, &bits, sizeof f);
     REAL s = (f - 1) / (f + 1), w = s * s;
 #if REAL_IS_FLOAT
-    REAL q = 0x1.31e466p-2f;
-    q = q * w + 0x1.995eb0p-2f;
-    q = q * w + 0x1.55557ap-1f;
+    REAL q = (0x1.55557ap-1f + 0x1.995eb0p-2f * w) + (w * w) * 0x1.31e466p-2f;
 #else
-    REAL q = 0x1.2f0b12baec2e1p-3;
-    q = q * w + 0x1.39a135bd35654p-3;
-    q = q * w + 0x1.74664398f9cbfp-3;
-    q = q * w + 0x1.c71c51f4e194dp-3;
-    q = q * w + 0x1.2492494207435p-2;
-    q = q * w + 0x1.999999997fc63p-2;
-    q = q * w + 0x1.5555555555593p-1;
+    REAL w2 = w * w, q = (0x1.5555555555593p-1 + 0x1.999999997fc63p-2 * w) + w2 * (0x1.2492494207435p-2 + 0x1.c71c51f4e194dp-3 * w);
+    q += (w2 * w2) * ((0x1.74664398f9cbfp-3 + 0x1.39a135bd35654p-3 * w) + w2 * 0x1.2f0b12baec2e1p-3);
 #endif
     return NAME(fma)(s * w, q, 2 * s);
 }

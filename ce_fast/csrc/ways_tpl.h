@@ -52,19 +52,40 @@ static const char *NAME(ahead)(const ce_job *job, int64_t next)
     return next < job->n_rows ? job->logits.data + NAME(offset)(job, &job->logits, next) : NULL;
 }
 
+/* the logits of the tile, if they lie as one would, so that none needs to be copied */
+static const REAL *NAME(tile_in_place)(const ce_job *job, const NAME(lanes) *l)
+{
+    const ce_array *x = &job->logits;
+    int64_t last = job->outer_shape[job->n_outer - 1], size = sizeof(REAL);
+    int whole = l->all && l->first % last + l->padded <= last;
+    if (!whole || x->dtype != REAL_DTYPE || x->outer_stride[job->n_outer - 1] != size || x->class_stride % size != 0)
+        return NULL;
+    return (const REAL *)(x->data + NAME(offset)(job, x, l->first));
+}
+
 /* exp(z - m) and its sums, class-major, in tiles of CE_CLASSES; 0 if a lane is out of the ordinary */
 static int NAME(sum_tiles)(const ce_job *job, NAME(lanes) *l, int store)
 {
+    int64_t along = job->logits.class_stride, across = job->logits.outer_stride[job->n_outer - 1], size = sizeof(REAL);
+    const REAL *in_place = NAME(tile_in_place)(job, l);
     const char *ahead = NAME(ahead)(job, l->first + ROWS);
+    if (across > along) /* rows one after another: the next tile is one piece */
+        along = across / job->n_classes * ROWS;
+    for (int p = 0; p < l->padded; p++)
+        l->rest[p] = l->lost[p] = l->x_t[p] = 0;
     for (int64_t k = 0; k < job->n_classes; k += CE_CLASSES) {
         int64_t n = job->n_classes - k < CE_CLASSES ? job->n_classes - k : CE_CLASSES;
-        NAME(load_lanes)(job, k, n, l);
-        if (!NAME(move_references)(job, k, n, l))
+        const REAL *x = in_place ? in_place + k * (job->logits.class_stride / size) : l->x;
+        int64_t pitch = in_place ? job->logits.class_stride / size : PITCH;
+        /* in place a few classes, which are in L1 when they are read again: [8, 21, 512, 512] took 13 ms with a copy, now 10;
+           all of a copy, whose logits exponentials replace */
+        int64_t first = k > 0 ? 0 : in_place && n > CE_CLASS_RUN ? CE_CLASS_RUN : n;
+        if (!in_place)
+            NAME(load_lanes)(job, k, n, l);
+        int ordinary = store ? NAME(add_exp)(job, k, n, l, x, pitch, ahead, along, first, 1)
+                             : NAME(add_exp)(job, k, n, l, x, pitch, ahead, along, first, 0);
+        if (!ordinary)
             return 0;
-        if (store)
-            NAME(add_exp)(job, k, n, l, ahead, 1);
-        else
-            NAME(add_exp)(job, k, n, l, ahead, 0);
     }
     return 1;
 }
@@ -75,7 +96,7 @@ static void NAME(write_tiles)(const ce_job *job, NAME(lanes) *l)
         int64_t n = job->n_classes - k < CE_CLASSES ? job->n_classes - k : CE_CLASSES;
         if (job->n_classes > CE_CLASSES) { /* else they are there from the first pass */
             NAME(load_lanes)(job, k, n, l);
-            NAME(add_exp)(job, k, n, l, NULL, 1);
+            NAME(add_exp)(job, k, n, l, l->x, PITCH, (const char *)l->x, 0, 0, 1);
         }
         NAME(scale_lanes)(job, k, n, l);
         NAME(each_class)(job, &job->out, k, n, l, 1);
