@@ -110,6 +110,7 @@ static int NAME(run_lanes)(const ce_job *job, ce_way way, int64_t first, int n, 
     int pair = job->n_classes == 2 && job->temperature.value == 1 && plain;
     l->first = first;
     l->n = n;
+    l->only_sum = REAL_IS_FLOAT && plain && !pair && !job->loss && !job->weight && !job->sample_weight;
     l->padded = (n + LANES - 1) & -LANES;
     NAME(load_targets)(job, l, tally);
     if (pair) {
