@@ -15,7 +15,8 @@ typedef struct {
     int n, padded; /* rows, and whole blocks of LANES */
     int all;       /* all of them count */
     int only_sum;  /* of the losses is asked for, not each */
-    SINT t[ROWS];              /* the target; -1: the row does not count */
+    _Alignas(64) SINT t[ROWS]; /* the target; -1: the row does not count. All arrays whole cache lines: a vector across two
+                                  takes twice as long */
     REAL x_t[ROWS], ref[ROWS]; /* of the target; the n of the reference */
     double s[ROWS], w[ROWS];   /* weight of the sample, and times that of the target's class; 0 if it does not count */
     double rest[ROWS], lost[ROWS];         /* a sum, and what its roundings lost */
@@ -23,7 +24,7 @@ typedef struct {
     double lse[ROWS], inverse[ROWS];       /* and 1 / sum_k exp(z_k - m) */
     double scale[ROWS];                    /* of the gradient */
     double loss[ROWS], a[ROWS], g_t[ROWS]; /* of the rule, times s; the gradient is a p_k, but g_t at the target */
-    REAL x[]; /* (classes, PITCH) or rows: logits, then exponentials, then gradients */
+    _Alignas(64) REAL x[]; /* (classes, PITCH) or rows: logits, then exponentials, then gradients */
 } NAME(lanes);
 
 /* the sum of a value of each lane, in a fixed order */

@@ -10,7 +10,8 @@
  * (Sterbenz).
  *
  * k T ln 2 is subtracted in parts whose products with k are exact (|k| < 2^13: 11 bits, 11 bits, the rest), or by FMA.
- * exp(r / T) is a polynomial, near-minimax on |r| <= 0.347: relative error 2^-28.3 (degree 6), 2^-57.9 (degree 11).
+ * 2 exp(r / T) is a polynomial, near-minimax on |r| <= 0.347: relative error 2^-28.3 (degree 6), 2^-57.9 (degree 11); twice,
+ * for 2^(k - n - 1) is then the one factor that can be 0, and the product is not subnormal.
  */
 #include <math.h>
 #include <stdint.h>
@@ -43,9 +44,9 @@ CE_INLINE double ce_leading(double v, int bits)
 #endif
 
 typedef struct {
-    REAL base, cutoff; /* x - base < cutoff: the result is 0, for it would be subnormal (20 to 40 times slower) */
+    REAL base, cutoff; /* x - base <= cutoff: the result is 0, for it would be subnormal (20 to 40 times slower) */
     REAL log2e, ln2_a, ln2_b, ln2_c, inverse; /* log2 e / T, T ln 2 in parts, 1 / T */
-    UINT shift;        /* exponent bias - n - the integer bits of MAGIC */
+    UINT shift;        /* exponent bias - 1 - n - the integer bits of MAGIC */
 } NAME(exp_args);
 
 #if REAL_IS_FLOAT
@@ -65,7 +66,7 @@ CE_INLINE NAME(exp_args) NAME(exp_prepare)(double base, int64_t n, const ce_temp
     double ln2 = t->ln2_high + t->ln2_low;
     NAME(exp_args) a;
     a.base = (REAL)base;
-    a.cutoff = (REAL)((double)(n - BIAS + 2) * ln2);
+    a.cutoff = (REAL)((double)(n - BIAS + 1) * ln2);
     a.log2e = (REAL)t->log2e;
     a.inverse = (REAL)(1 / t->value);
 #if !REAL_IS_FLOAT
@@ -80,13 +81,14 @@ CE_INLINE NAME(exp_args) NAME(exp_prepare)(double base, int64_t n, const ce_temp
     a.ln2_b = (REAL)ce_leading(b, 11);
     a.ln2_c = (REAL)(b - ce_leading(b, 11));
 #endif
-    a.shift = (UINT)BIAS - (UINT)n - MAGIC_BITS;
+    a.shift = (UINT)(BIAS - 1) - (UINT)n - MAGIC_BITS;
     return a;
 }
 
 CE_INLINE REAL NAME(exp)(REAL x, NAME(exp_args) a)
 {
     REAL d = x - a.base;
+    d = d < a.cutoff ? a.cutoff : d; /* NaN passes */
     REAL t = d * a.log2e + MAGIC;
     REAL k = t - MAGIC;
     REAL r = (d - k * a.ln2_a) - k * a.ln2_b;
@@ -94,24 +96,27 @@ CE_INLINE REAL NAME(exp)(REAL x, NAME(exp_args) a)
     r -= k * a.ln2_c;
 #endif
     r *= a.inverse;
-    REAL r2 = r * r; /* by pairs: term after term, 44 cycles of one multiplication waiting for the one before */
 #if REAL_IS_FLOAT
-    REAL low = 1 + 0x1.fffffcp-2f * r, high = (0x1.555490p-3f + 0x1.5558f6p-5f * r) + r2 * (0x1.123a98p-7f + 0x1.6a22bap-10f * r);
-    REAL p = low + r2 * high;
-#else
-    REAL r4 = r2 * r2;
-    REAL low = (1 + 0x1.000000000000ap-1 * r) + r2 * (0x1.55555555554f9p-3 + 0x1.55555555507b3p-5 * r);
-    REAL mid = (0x1.1111111127eddp-7 + 0x1.6c16c1845839ap-10 * r) + r2 * (0x1.a01a0129b33e0p-13 + 0x1.a019998a28c10p-16 * r);
-    REAL high = (0x1.71df25f5aabe7p-19 + 0x1.28adef591de38p-22 * r) + r2 * 0x1.ad7fab91606afp-26;
+    REAL p = 0x1.6a22bap-9f;
+    p = p * r + 0x1.123a98p-6f;
+    p = p * r + 0x1.5558f6p-4f;
+    p = p * r + 0x1.555490p-2f;
+    p = p * r + 0x1.fffffcp-1f;
+    p = p * r + 2;
+#else /* by pairs: term after term the loop waits for 11 multiplications, and takes a tenth longer */
+    REAL r2 = r * r, r4 = r2 * r2;
+    REAL low = (2 + 0x1.000000000000ap0 * r) + r2 * (0x1.55555555554f9p-2 + 0x1.55555555507b3p-4 * r);
+    REAL mid = (0x1.1111111127eddp-6 + 0x1.6c16c1845839ap-9 * r) + r2 * (0x1.a01a0129b33e0p-12 + 0x1.a019998a28c10p-15 * r);
+    REAL high = (0x1.71df25f5aabe7p-18 + 0x1.28adef591de38p-21 * r) + r2 * 0x1.ad7fab91606afp-25;
     REAL p = low + r4 * (mid + r4 * high);
 #endif
-    p = p * r + (REAL)1;
+    p = p * r + 2;
     UINT bits;
     memcpy(&bits, &t, sizeof bits);
-    bits = d < a.cutoff ? 0 : (bits + a.shift) << MANTISSA; /* nor is it subnormal before it is thrown away */
+    bits = (bits + a.shift) << MANTISSA;
     REAL power;
-    memcpy(&power, &bits, sizeof power);
-    return d < a.cutoff ? (REAL)0 : p * power; /* NaN passes, -inf gives 0 */
+    memcpy(&power, &bits, sizeof power); /* 2^(k - n - 1); 0 at the cutoff */
+    return p * power;
 }
 
 /* The arguments for the reference n T ln 2 of one lane among others, n an integer. */
@@ -120,8 +125,8 @@ CE_INLINE NAME(exp_args) NAME(exp_of_lane)(NAME(exp_args) a, REAL ln2, REAL n)
     REAL t = n + MAGIC;
     UINT bits;
     memcpy(&bits, &t, sizeof bits); /* MAGIC_BITS + n */
-    a.cutoff = (n - (REAL)(BIAS - 2)) * ln2;
-    a.shift = (UINT)BIAS - bits;
+    a.cutoff = (n - (REAL)(BIAS - 1)) * ln2;
+    a.shift = (UINT)(BIAS - 1) - bits;
     return a;
 }
 
