@@ -50,8 +50,9 @@ def torch_threads(n_threads: int) -> Iterator[None]:
 
 
 def _turn(call: Call) -> list[float]:
-    """Seconds of single calls: one, or as many as fill `SHORTEST`."""
+    """Seconds of single calls: one, or as many as fill `SHORTEST`; none of the first, whose threads have to wake up."""
     seconds: list[float] = []
+    call()
     until = time.perf_counter() + SHORTEST
     while not seconds or time.perf_counter() < until:
         started = time.perf_counter()

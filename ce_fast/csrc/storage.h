@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 #ifdef __SSE2__
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 #include "ce_fast.h"
 
@@ -45,6 +45,12 @@ CE_INLINE void ce_stream(char *to, const char *from, int64_t n)
     int64_t i = (int64_t)(-(uintptr_t)to & 15);
     i = i < n ? i : n;
     memcpy(to, from, (size_t)i);
+#ifdef __AVX512F__ /* a line at a time, but for those shared with what comes before and after */
+    for (; i + 64 <= n && ((uintptr_t)(to + i) & 63); i += 16)
+        _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
+    for (; i + 64 <= n; i += 64)
+        _mm512_stream_si512((void *)(to + i), _mm512_loadu_si512(from + i));
+#endif
     for (; i + 16 <= n; i += 16)
         _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
     memcpy(to + i, from + i, (size_t)(n - i));

@@ -165,7 +165,7 @@ CE_INLINE int NAME(add_lanes)(const ce_temperature *of, const REAL *x, int64_t p
                 args.cutoff = cutoff[i];
                 args.shift = shift[i];
                 REAL z = x[c * pitch + i], v = NAME(exp)(z, args);
-                run[i] += t[i] == (SINT)c ? 0 : v;
+                run[i] = t[i] == (SINT)c ? run[i] : run[i] + v;
                 x_t[i] = t[i] == (SINT)c ? z : x_t[i];
                 top[i] = z > top[i] ? z : top[i];
                 if (store)

@@ -103,12 +103,18 @@ CE_INLINE REAL NAME(exp)(REAL x, NAME(exp_args) a)
     p = p * r + 0x1.555490p-2f;
     p = p * r + 0x1.fffffcp-1f;
     p = p * r + 2;
-#else /* by pairs: term after term the loop waits for 11 multiplications, and takes a tenth longer */
-    REAL r2 = r * r, r4 = r2 * r2;
-    REAL low = (2 + 0x1.000000000000ap0 * r) + r2 * (0x1.55555555554f9p-2 + 0x1.55555555507b3p-4 * r);
-    REAL mid = (0x1.1111111127eddp-6 + 0x1.6c16c1845839ap-9 * r) + r2 * (0x1.a01a0129b33e0p-12 + 0x1.a019998a28c10p-15 * r);
-    REAL high = (0x1.71df25f5aabe7p-18 + 0x1.28adef591de38p-21 * r) + r2 * 0x1.ad7fab91606afp-25;
-    REAL p = low + r4 * (mid + r4 * high);
+#else
+    REAL p = 0x1.ad7fab91606afp-25;
+    p = p * r + 0x1.28adef591de38p-21;
+    p = p * r + 0x1.71df25f5aabe7p-18;
+    p = p * r + 0x1.a019998a28c10p-15;
+    p = p * r + 0x1.a01a0129b33e0p-12;
+    p = p * r + 0x1.6c16c1845839ap-9;
+    p = p * r + 0x1.1111111127eddp-6;
+    p = p * r + 0x1.55555555507b3p-4;
+    p = p * r + 0x1.55555555554f9p-2;
+    p = p * r + 0x1.000000000000ap0;
+    p = p * r + 2;
 #endif
     p = p * r + 2;
     UINT bits;
@@ -224,10 +230,17 @@ CE_INLINE REAL NAME(log_parts)(REAL v, REAL *k)
     memcpy(&f, &bits, sizeof f);
     REAL s = (f - 1) / (f + 1), w = s * s;
 #if REAL_IS_FLOAT
-    REAL q = (0x1.55557ap-1f + 0x1.995eb0p-2f * w) + (w * w) * 0x1.31e466p-2f;
+    REAL q = 0x1.31e466p-2f;
+    q = q * w + 0x1.995eb0p-2f;
+    q = q * w + 0x1.55557ap-1f;
 #else
-    REAL w2 = w * w, q = (0x1.5555555555593p-1 + 0x1.999999997fc63p-2 * w) + w2 * (0x1.2492494207435p-2 + 0x1.c71c51f4e194dp-3 * w);
-    q += (w2 * w2) * ((0x1.74664398f9cbfp-3 + 0x1.39a135bd35654p-3 * w) + w2 * 0x1.2f0b12baec2e1p-3);
+    REAL q = 0x1.2f0b12baec2e1p-3;
+    q = q * w + 0x1.39a135bd35654p-3;
+    q = q * w + 0x1.74664398f9cbfp-3;
+    q = q * w + 0x1.c71c51f4e194dp-3;
+    q = q * w + 0x1.2492494207435p-2;
+    q = q * w + 0x1.999999997fc63p-2;
+    q = q * w + 0x1.5555555555593p-1;
 #endif
     return NAME(fma)(s * w, q, 2 * s);
 }
