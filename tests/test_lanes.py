@@ -115,6 +115,36 @@ def test_the_slope_of_a_z_loss_keeps_its_digits_where_the_row_is_certain(compile
     assert_grad_close(grad, ref.grad, ref.terms, np.float64)
 
 
+@pytest.mark.parametrize("below", [0, 15, 30, 100, 400, 3000, INF], ids=str)
+@pytest.mark.parametrize("n_classes, axis", [(3, 0), (21, 0), (300, 0), (50, -1), (100, -1), (300, -1), (1000, -1)])
+def test_first_classes_far_below_the_others_change_no_digit(compiled, dtype, n_classes, axis, below):
+    """They are what the reference is taken from first. All rows count, so that strided tiles are read where they lie."""
+    rng = np.random.default_rng(5)
+    logits, few = rng.standard_normal((160, n_classes)), n_classes // 3
+    target = rng.integers(few, n_classes, 160)
+    logits[64::3, :few] -= below
+    target[:64:5] = 0
+    if np.isfinite(below):
+        target[64::9] = 0
+    logits = logits.astype(dtype)
+    ref = reference.cross_entropy(logits, target, reduction="none")
+    losses, grad = run(logits, target, axis)
+    assert_loss_close(losses, ref.rows, dtype, ref.row_terms)
+    assert_grad_close(grad, ref.grad, ref.terms, dtype)
+    given = logits if axis == -1 else np.ascontiguousarray(logits.T)
+    values = [ce.CrossEntropyLoss(class_axis=axis, n_threads=n)(given, target) for n in (1, 2)]
+    assert values == [ce.CrossEntropyLoss(class_axis=axis).value_and_grad(given, target)[0]] * 2
+
+
+def test_no_part_of_a_gradient_is_subnormal(compiled, way):
+    """Logits spread over 200, of every exponent: one subnormal number takes as long as a hundred others."""
+    n_classes, axis = way
+    rng = np.random.default_rng(6)
+    logits = (rng.random((256, n_classes)) * 200).astype(np.float32)
+    _, grad = run(logits, rng.integers(0, n_classes, 256), axis, upstream=np.full(256, 1e-3))
+    assert np.abs(grad[grad != 0]).min() >= np.finfo(np.float32).tiny
+
+
 @pytest.mark.parametrize("shape, axis", [((4, 3, 2), 1), ((2, 300, 1), 1), ((5, 1000, 3), 1), ((3, 2, 70, 5, 3), 2)])
 @pytest.mark.parametrize("layout", ["C", "F", "reversed", "stepped", "broadcast"])
 def test_no_layout_changes_a_result(compiled, dtype, shape, axis, layout):

@@ -38,6 +38,26 @@ class Shapes:
         self.loss.value_and_grad(self.logits, self.target, out=self.grad)
 
 
+class Spread:
+    """Logits spread over 200: most terms and gradients would be subnormal, each a hundred times as long."""
+
+    params = (tuple(SHAPES), (5, 200))
+    param_names = ("shape", "spread")
+
+    def setup(self, name, spread):
+        shape, class_axis = SHAPES[name]
+        self.logits, self.target = _logits(shape, class_axis=-1 if class_axis is None else class_axis)
+        self.logits *= spread / np.ptp(self.logits)
+        self.loss = ce_fast.CrossEntropyLoss(class_axis=class_axis)
+        self.grad = np.empty_like(self.logits)
+
+    def time_forward(self, name, spread):
+        self.loss(self.logits, self.target)
+
+    def time_value_and_grad(self, name, spread):
+        self.loss.value_and_grad(self.logits, self.target, out=self.grad)
+
+
 class Dtypes:
     params = ("float64", "float16", "bfloat16")  # float32 is among the shapes
     param_names = ("dtype",)

@@ -5,7 +5,8 @@
  * ordinary (NaN, +inf, nothing but -inf, logits of CE_BASE_LIMIT and more) all of them go row by row.
  */
 #ifndef CE_SLACK
-#define CE_SLACK 32 /* powers of 2 that a logit may be above those the reference is taken from */
+/* powers of 2 that a logit may be above those the reference is taken from; more, and gradients would lose digits */
+#define CE_SLACK (REAL_IS_FLOAT ? 32 : 512)
 #endif
 #define ROWS ((int)(512 / sizeof(REAL)))  /* at a time, at most */
 #define LANES ((int)(128 / sizeof(REAL))) /* two vectors of 512 bits, in registers together */
@@ -15,6 +16,7 @@ typedef struct {
     int n, padded; /* rows, and whole blocks of LANES */
     int all;       /* all of them count */
     int only_sum;  /* of the losses is asked for, not each */
+    int look;      /* at all classes for the reference: the first ones did not do for rows before */
     _Alignas(64) SINT t[ROWS]; /* the target; -1: the row does not count. All arrays whole cache lines: a vector across two
                                   takes twice as long */
     REAL x_t[ROWS], ref[ROWS]; /* of the target; the n of the reference */

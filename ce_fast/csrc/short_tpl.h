@@ -105,13 +105,14 @@ static int NAME(sum_rows)(const ce_job *job, NAME(lanes) *l)
     const ce_temperature *t = &job->temperature;
     REAL limit = (REAL)(CE_BASE_LIMIT * t->value), log2e = (REAL)t->log2e, ln2 = (REAL)(t->ln2_high + t->ln2_low);
     const REAL *rows[ROWS];
+    int looked = l->look, first = REAL_IS_FLOAT && n >= 4 * STEP ? 4 * STEP : STEP; /* float's range is narrow */
     REAL max[ROWS];
     for (int p = 0; p < l->padded; p++) {
         REAL *e = l->x + p * pitch;
         for (int64_t k = pitch - CE_LANES; k < pitch; k++) /* what of it is padding stays 0 */
             e[k] = 0;
         rows[p] = l->t[p] < 0 ? NULL : NAME(short_row)(job, l, p, e);
-        max[p] = rows[p] ? NAME(largest)(rows[p], rows[p] == e ? n : STEP) : 0;
+        max[p] = rows[p] ? NAME(largest)(rows[p], rows[p] == e || l->look ? n : first) : 0;
         l->x_t[p] = rows[p] ? rows[p][l->t[p]] : 0;
     }
     for (int p = 0; p < l->padded; p++) {
@@ -130,8 +131,9 @@ static int NAME(sum_rows)(const ce_job *job, NAME(lanes) *l)
     int odd = 0;
     for (int p = 0; p < l->padded; p++) {
         REAL most = (l->ref[p] + (CE_LEAD + CE_SLACK)) * ln2;
-        int below = !(l->rest[p] < 0x1p50) | !(l->x_t[p] < most) | !(max[p] > -limit);
-        if (below && rows[p] && rows[p] != l->x + p * pitch) {
+        int below = !(l->rest[p] < (REAL_IS_FLOAT ? 0x1p54 : 0x1p534)) | !(l->x_t[p] < most) | !(max[p] > -limit);
+        if (below && rows[p] && rows[p] != l->x + p * pitch && !looked) {
+            l->look = 1;
             max[p] = NAME(largest)(rows[p], n);
             l->ref[p] = NAME(round)(max[p] * log2e) - CE_LEAD;
             NAME(exp_of_row)(job, l, p, rows[p], l->x + p * pitch);

@@ -212,6 +212,7 @@ CE_INLINE int NAME(add_exp)(const ce_job *job, int64_t k, int64_t n_classes, NAM
             NAME(first_references)(job, first, x + p, pitch, l->ref + p);
         while (!NAME(add_lanes)(of, x + p, pitch, n_classes, t, l->ref + p, l->rest + p, l->lost + p, l->x_t + p, top,
                                 l->x + p, ahead + k * along + p * (int)sizeof(REAL), along, store)) {
+            l->look = 1;
             for (int i = 0; i < LANES; i++) {
                 bound[i] = (l->ref[p + i] + (CE_LEAD + CE_SLACK)) * ln2;
                 odd |= !(top[i] < limit);
@@ -230,18 +231,19 @@ CE_INLINE int NAME(add_exp)(const ce_job *job, int64_t k, int64_t n_classes, NAM
 static void NAME(scale_lanes)(const ce_job *job, int64_t k, int64_t n_classes, NAME(lanes) *l)
 {
     for (int p = 0; p < l->padded; p += LANES) {
-        REAL high[LANES], low[LANES], cut[LANES];
+        REAL high[LANES], low[LANES], cut[LANES], cut_low[LANES];
         for (int i = 0; i < LANES; i++) {
             double factor = l->a[p + i] * l->inverse[p + i] * l->scale[p + i];
             high[i] = (REAL)factor;
             low[i] = REAL_IS_FLOAT && high[i] - high[i] == 0 ? (REAL)(factor - (double)high[i]) : 0;
-            cut[i] = (REAL)REAL_MIN / (high[i] < 0 ? -high[i] : high[i]);
+            cut[i] = (REAL)REAL_MIN / NAME(abs)(high[i]);
+            cut_low[i] = (REAL)REAL_MIN / NAME(abs)(low[i]);
         }
         for (int64_t c = 0; c < n_classes; c++)
 #pragma GCC ivdep
             for (int i = 0; i < LANES; i++) {
                 REAL e = l->x[c * PITCH + p + i];
-                l->x[c * PITCH + p + i] = e < cut[i] ? 0 : e * high[i] + e * low[i];
+                l->x[c * PITCH + p + i] = (e < cut[i] ? 0 : e) * high[i] + (e < cut_low[i] ? 0 : e) * low[i];
             }
     }
     for (int p = 0; p < l->n; p++)

@@ -79,7 +79,7 @@ static int NAME(sum_tiles)(const ce_job *job, NAME(lanes) *l, int store)
         int64_t pitch = in_place ? job->logits.class_stride / size : PITCH;
         /* in place a few classes, which are in L1 when they are read again: [8, 21, 512, 512] took 13 ms with a copy, now 10;
            all of a copy, whose logits exponentials replace */
-        int64_t first = k > 0 ? 0 : in_place && n > CE_CLASS_RUN ? CE_CLASS_RUN : n;
+        int64_t first = k > 0 ? 0 : in_place && !l->look && n > CE_CLASS_RUN ? CE_CLASS_RUN : n;
         if (!in_place)
             NAME(load_lanes)(job, k, n, l);
         int ordinary = store ? NAME(add_exp)(job, k, n, l, x, pitch, ahead, along, first, 1)
@@ -150,12 +150,17 @@ static int NAME(run_lanes)(const ce_job *job, ce_way way, int64_t first, int n, 
 static void NAME(rows)(const ce_job *job, int64_t first, int64_t last, void *scratch, ce_tally *tally)
 {
     ce_way way = NAME(way)(job);
-    int batch = NAME(batch)(job, way);
+    int batch = NAME(batch)(job, way), look = 0;
+    NAME(lanes) *l = scratch;
     for (int64_t i = first; i < last;) {
         ce_tally again = {{0, 0}, {0, 0}, 0, -1}, *of_row = way == CE_ONE_BY_ONE ? tally : &again;
         int64_t end = way == CE_ONE_BY_ONE || last - i < batch ? last : i + batch;
-        if (way != CE_ONE_BY_ONE && NAME(run_lanes)(job, way, i, (int)(end - i), scratch, tally))
-            i = end;
+        if (way != CE_ONE_BY_ONE) {
+            l->look = look;
+            int ordinary = NAME(run_lanes)(job, way, i, (int)(end - i), l, tally);
+            look = l->look;
+            i = ordinary ? end : i;
+        }
         for (; i < end; i++)
             ce_add(&tally->loss, NAME(run_row)(job, i, scratch, of_row));
     }
