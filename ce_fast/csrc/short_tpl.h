@@ -109,7 +109,7 @@ static int NAME(sum_rows)(const ce_job *job, NAME(lanes) *l)
     REAL max[ROWS];
     for (int p = 0; p < l->padded; p++) {
         REAL *e = l->x + p * pitch;
-        for (int64_t k = pitch - CE_LANES; k < pitch; k++) /* what of it is padding stays 0 */
+        for (int64_t k = pitch < CE_LANES ? 0 : pitch - CE_LANES; k < pitch && l->t[p] >= 0; k++) /* what of it is padding stays 0 */
             e[k] = 0;
         rows[p] = l->t[p] < 0 ? NULL : NAME(short_row)(job, l, p, e);
         max[p] = rows[p] ? NAME(largest)(rows[p], rows[p] == e || l->look ? n : first) : 0;
@@ -145,25 +145,27 @@ static int NAME(sum_rows)(const ce_job *job, NAME(lanes) *l)
     return !odd;
 }
 
-/* a p_k of each row to its place, g_t at the target */
+/* A p_k of each row to its place, g_t at the target. Rows that are streamed are packed first, each over those before, which
+   have been read: lines written in parts took [80000, 129] from 0.7 to 1.7 ns a logit. */
 static void NAME(write_rows)(const ce_job *job, NAME(lanes) *l)
 {
+    int64_t n = job->n_classes, size = n * (int64_t)sizeof(REAL);
+    int contiguous = job->out.dtype == REAL_DTYPE && job->out.class_stride == sizeof(REAL);
+    int packed = contiguous && job->n_outer == 1 && job->out.outer_stride[0] == size && NAME(streams)(job);
     for (int p = 0; p < l->n; p++) {
         char *out = job->out.data + NAME(offset)(job, &job->out, l->first + p);
-        REAL *e = l->x + p * NAME(pitch)(job);
-        int contiguous = job->out.dtype == REAL_DTYPE && job->out.class_stride == sizeof(REAL);
-        int streams = contiguous && NAME(streams)(job);
-        REAL *g = contiguous && !streams ? (REAL *)out : e;
-        if (l->t[p] < 0) {
-            NAME(write_constant)(&job->out, out, 0, 0, job->n_classes);
-            continue;
+        REAL *e = l->x + p * NAME(pitch)(job), *g = packed ? l->x + p * n : contiguous ? (REAL *)out : e;
+        if (l->t[p] >= 0) {
+            NAME(scale_tile)(e, g, n, l->a[p] * l->inverse[p] * l->scale[p]);
+            g[l->t[p]] = (REAL)(l->g_t[p] * l->scale[p]);
+        } else {
+            for (int64_t k = 0; k < n; k++)
+                g[k] = 0;
         }
-        NAME(scale_tile)(e, g, job->n_classes, l->a[p] * l->inverse[p] * l->scale[p]);
-        g[l->t[p]] = (REAL)(l->g_t[p] * l->scale[p]);
-        if (streams)
-            ce_stream(out, (const char *)g, job->n_classes * (int64_t)sizeof(REAL));
-        else if (!contiguous)
-            NAME(store)(out, job->out.class_stride, job->out.dtype, job->n_classes, g);
+        if (!contiguous)
+            NAME(store)(out, job->out.class_stride, job->out.dtype, n, g);
     }
+    if (packed)
+        ce_stream(job->out.data + l->first * size, (const char *)l->x, l->n * size);
 }
 #undef STEP

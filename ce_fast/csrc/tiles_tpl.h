@@ -75,8 +75,12 @@ CE_INLINE void NAME(each_class)(const ce_job *job, const ce_array *array, int64_
         int64_t run = left < l->n - done ? left : l->n - done;
         char *row = array->data + NAME(offset)(job, array, l->first + done) + k * array->class_stride;
         if (array->dtype == REAL_DTYPE && array->class_stride == sizeof(REAL) && stride % (int64_t)sizeof(REAL) == 0) {
-            REAL *tile = l->x + done, *given = (REAL *)row;
-            if (store)
+            REAL *tile = l->x + done, *given = (REAL *)row, *packed = l->x + n_classes * PITCH;
+            int whole = n_classes == job->n_classes && stride == n_classes * (int64_t)sizeof(REAL);
+            if (store && whole && n_classes <= CE_FEW && NAME(streams)(job)) {
+                NAME(transpose)(tile, PITCH, n_classes, run, packed, n_classes);
+                ce_stream(row, (const char *)packed, run * stride);
+            } else if (store)
                 NAME(transpose)(tile, PITCH, n_classes, run, given, stride / (int64_t)sizeof(REAL));
             else
                 NAME(transpose)(given, stride / (int64_t)sizeof(REAL), run, n_classes, tile, PITCH);
