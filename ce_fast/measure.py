@@ -16,7 +16,7 @@ from ce_fast.threads import SERIAL_LOGITS
 from ce_fast.workloads import BY_NAME, FORWARD, LONG, OURS, Call, Calls, Shape, installed
 
 MIB = 2**20
-SHORTEST = 0.005  # seconds; a quicker call is made again until its turn lasts that long
+SHORTEST = 0.02  # seconds; a quicker call is made again until its turn lasts that long
 PAUSE = 0.01  # seconds before a turn; the threads of the one before spin for some milliseconds before they sleep
 
 

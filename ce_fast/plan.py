@@ -8,7 +8,7 @@ import numpy as np
 
 BLOCK_LOGITS = 32768  # logits a block: 128 KiB of float32, some 10 us of work; a block is never less than a row
 
-LANES = 128 # rows
+LANES = 128  # rows that kernels take at a time: blocks are whole ones, or the last of each is mostly empty
 
 CHUNK_BYTES = 1 << 22  # two huge pages: threads that meet on a new one both clear it, which cost a new gradient 25 %
 

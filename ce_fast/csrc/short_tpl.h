@@ -109,7 +109,7 @@ static int NAME(sum_rows)(const ce_job *job, NAME(lanes) *l)
     REAL max[ROWS];
     for (int p = 0; p < l->padded; p++) {
         REAL *e = l->x + p * pitch;
-        for (int64_t k = pitch < CE_LANES ? 0 : pitch - CE_LANES; k < pitch && l->t[p] >= 0; k++) /* what of it is padding stays 0 */
+        for (int64_t k = n; k < pitch && l->t[p] >= 0; k++)
             e[k] = 0;
         rows[p] = l->t[p] < 0 ? NULL : NAME(short_row)(job, l, p, e);
         max[p] = rows[p] ? NAME(largest)(rows[p], rows[p] == e || l->look ? n : first) : 0;
