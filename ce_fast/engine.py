@@ -8,7 +8,7 @@ import numpy as np
 from ce_fast import backends, inputs, reduction, threads
 from ce_fast.backends import ElementJob, Job, Rows
 from ce_fast.inputs import Logits
-from ce_fast.plan import Plan, make_plan
+from ce_fast.plan import LANES, Plan, make_plan
 
 if TYPE_CHECKING:
     from ce_fast.distillation import DistillationLoss
@@ -42,7 +42,7 @@ class Call:
 
 def make_call_plan(logits: Logits, n_threads: int | None, *, wide: bool = False) -> Plan:
     resolved = threads.resolve(n_threads, logits.rows.size, backends.active().max_threads)
-    return make_plan(logits.outer_shape, logits.n_classes, logits.rows.dtype, resolved, wide=wide)
+    return make_plan(logits.outer_shape, logits.n_classes, logits.rows.dtype, resolved, wide=wide, lanes=LANES)
 
 
 def count(loss: "_Loss | KLDivLoss | DistillationLoss", logits: Logits, rows: Rows) -> float:

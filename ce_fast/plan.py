@@ -8,7 +8,7 @@ import numpy as np
 
 BLOCK_LOGITS = 32768  # logits a block: 128 KiB of float32, some 10 us of work; a block is never less than a row
 
-LANES = 128  # rows that kernels take at a time: blocks are whole ones, or the last of each is mostly empty
+LANES = 128  # rows of logits that kernels take at a time: blocks are whole ones, or the last of each is mostly empty
 
 CHUNK_BYTES = 1 << 22  # two huge pages: threads that meet on a new one both clear it, which cost a new gradient 25 %
 
@@ -36,12 +36,13 @@ class Plan:
 
 
 def make_plan(
-    outer_shape: tuple[int, ...], n_classes: int, dtype: np.dtype, n_threads: int, *, wide: bool = False
+    outer_shape: tuple[int, ...], n_classes: int, dtype: np.dtype, n_threads: int, *, wide: bool = False, lanes: int = 1
 ) -> Plan:
-    """wide: compute in float64 whatever the dtype, for a loss that magnifies what is rounded."""
+    """wide: compute in float64 whatever the dtype, for a loss that magnifies what is rounded. lanes: rows that kernels take
+    at a time."""
     n_rows = math.prod(outer_shape)
     block_rows = max(1, BLOCK_LOGITS // n_classes)
-    block_rows -= block_rows % LANES if block_rows > LANES else 0
+    block_rows -= block_rows % lanes if block_rows > lanes else 0
     n_blocks = -(-n_rows // block_rows)
     part_classes = _part_classes(n_rows, n_classes)
     n_units = n_rows * -(-n_classes // part_classes) if part_classes else n_blocks
