@@ -36,7 +36,13 @@ class Plan:
 
 
 def make_plan(
-    outer_shape: tuple[int, ...], n_classes: int, dtype: np.dtype, n_threads: int, *, wide: bool = False, lanes: int = 1
+    outer_shape: tuple[int, ...],
+    n_classes: int,
+    dtype: np.dtype,
+    n_threads: int,
+    *,
+    wide: bool = False,
+    lanes: int = 1,
 ) -> Plan:
     """wide: compute in float64 whatever the dtype, for a loss that magnifies what is rounded. lanes: rows that kernels take
     at a time."""
