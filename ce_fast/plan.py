@@ -44,8 +44,8 @@ def make_plan(
     wide: bool = False,
     lanes: int = 1,
 ) -> Plan:
-    """wide: compute in float64 whatever the dtype, for a loss that magnifies what is rounded. lanes: rows that kernels take
-    at a time."""
+    """wide: compute in float64 whatever the dtype, for a loss that magnifies what is rounded. lanes: rows that
+    kernels take at a time."""
     n_rows = math.prod(outer_shape)
     block_rows = max(1, BLOCK_LOGITS // n_classes)
     block_rows -= block_rows % lanes if block_rows > lanes else 0
