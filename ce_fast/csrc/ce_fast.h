@@ -23,8 +23,8 @@ typedef struct {
     double high, low; /* a sum, and what its roundings lost (sums.h) */
 } ce_sum;
 
-typedef struct { /* ln 2 in units of the logits: z = x / value; high times any |k| < 2^20 is exact */
-    double value, log2e, ln2_high, ln2_low;
+typedef struct { /* ln 2 in units of the logits, z = x / value, and its inverse; ln2_high times any |k| < 2^20 is exact */
+    double value, log2e, log2e_low, ln2_high, ln2_low;
 } ce_temperature;
 
 typedef struct {                        /* an array of shape (outer..., n_classes), any strides */

@@ -10,9 +10,10 @@ ce_temperature ce_make_temperature(double value)
     uint64_t bits;
     memcpy(&bits, &product, sizeof bits);
     bits &= ~(uint64_t)0x1fffff;
-    ce_temperature t = {value, 1.44269504088896340736 / value, 0, 0};
+    ce_temperature t = {value, 1.44269504088896340736 / value, 0, 0, 0};
     memcpy(&t.ln2_high, &bits, sizeof bits);
     t.ln2_low = (product - t.ln2_high) + rest;
+    t.log2e_low = t.log2e * (fma(-t.log2e, t.ln2_high, 1) - t.log2e * t.ln2_low); /* what 1 / (value ln 2) rounds */
     return t;
 }
 

@@ -142,14 +142,13 @@ CE_INLINE int NAME(add_lanes)(const ce_temperature *of, const REAL *x, int64_t p
                               const char *ahead, int64_t along, int store)
 {
     NAME(exp_args) args = NAME(exp_prepare)(0, 0, of);
-    REAL ln2 = (REAL)(of->ln2_high + of->ln2_low), cutoff[LANES], top[LANES], x_t[LANES];
-    UINT shift[LANES];
+    REAL ln2 = (REAL)(of->ln2_high + of->ln2_low), cutoff[LANES], magic[LANES], top[LANES], x_t[LANES];
     SINT t[LANES];
     double sum[LANES], rounded[LANES];
     for (int i = 0; i < LANES; i++) {
         NAME(exp_args) of_lane = NAME(exp_of_lane)(args, ln2, ref[i]);
         cutoff[i] = of_lane.cutoff;
-        shift[i] = of_lane.shift;
+        magic[i] = of_lane.magic;
         top[i] = -(REAL)INFINITY;
         t[i] = target[i];
         x_t[i] = target_x[i];
@@ -167,7 +166,7 @@ CE_INLINE int NAME(add_lanes)(const ce_temperature *of, const REAL *x, int64_t p
 #pragma GCC ivdep
             for (int i = 0; i < LANES; i++) {
                 args.cutoff = cutoff[i];
-                args.shift = shift[i];
+                args.magic = magic[i];
                 REAL z = x[c * pitch + i], v = NAME(exp)(z, args);
                 run[i] = t[i] == (SINT)c ? run[i] : run[i] + v;
                 x_t[i] = t[i] == (SINT)c ? z : x_t[i];

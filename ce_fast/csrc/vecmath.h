@@ -1,17 +1,17 @@
 /* exp, so that the compiler can vectorize it, included once for each REAL.
  *
- *   exp((x - base) / T) 2^-n = 2^(k - n) exp(r / T),   k = round((x - base) / T log2 e),   r = (x - base) - k T ln 2
+ *   exp((x - base) / T) 2^-n = 2^(k - n) 2^r,   k + r = (x - base) log2 e / T,   k an integer, |r| <= 1/2
  *
- * The temperature T enters only the constants and r, which is small: no rounded x / T enters exp either.
+ * The temperature T enters only the constant log2 e / T, of twice the digits: no rounded x / T enters exp either.
  *
  * A reference m = base + n T ln 2 instead of a plain maximum: base is 0 for all but huge logits, so no rounded x - m ever
  * enters exp (at a distance of 20 that alone costs 8 ulp of float32), and the distance from m to the true maximum costs
  * no accuracy. Where base is not 0, |base| >= CE_BASE_LIMIT and x - base is exact for every x that does not underflow
  * (Sterbenz).
  *
- * k T ln 2 is subtracted in parts whose products with k are exact (|k| < 2^13: 11 bits, 11 bits, the rest), or by FMA.
- * 2 exp(r / T) is a polynomial, near-minimax on |r| <= 0.347: relative error 2^-28.3 (degree 6), 2^-57.9 (degree 11); twice,
- * for 2^(k - n - 1) is then the one factor that can be 0, and the product is not subnormal.
+ * r comes of FMA, or, without it, of subtracting k T ln 2 in parts whose products with k are exact (|k| < 2^13: 11 bits,
+ * 11 bits, the rest). 2 2^r is a polynomial, near-minimax on |r| <= 1/2: relative error 2^-28.3 (degree 6), 2^-57.7 (degree
+ * 11); twice, for 2^(k - n - 1) is then the one factor that can be 0, and the product is not subnormal.
  */
 #include <math.h>
 #include <stdint.h>
@@ -20,7 +20,8 @@
 #ifndef CE_VECMATH_COMMON
 #define CE_VECMATH_COMMON
 #define CE_BASE_LIMIT 4096.0
-#define CE_TEMPERATURE_1 ((ce_temperature){1, 0x1.71547652b82fep0, 0x1.62e42feep-1, 0x1.a39ef35793c76p-33})
+#define CE_TEMPERATURE_1 \
+    ((ce_temperature){1, 0x1.71547652b82fep0, 0x1.777d0ffda0d24p-56, 0x1.62e42feep-1, 0x1.a39ef35793c76p-33})
 
 /* exp(d / T) 2^-n in double precision, for the few scalars of a row */
 CE_INLINE double ce_exp_scaled(double d, int64_t n, const ce_temperature *t)
@@ -45,43 +46,53 @@ CE_INLINE double ce_leading(double v, int bits)
 
 typedef struct {
     REAL base, cutoff; /* x - base <= cutoff: the result is 0, for it would be subnormal (20 to 40 times slower) */
-    REAL log2e, ln2_a, ln2_b, ln2_c, inverse; /* log2 e / T, T ln 2 in parts, 1 / T */
-    UINT shift;        /* exponent bias - 1 - n - the integer bits of MAGIC */
+    REAL log2e, log2e_low;    /* log2 e / T */
+    REAL ln2_a, ln2_b, ln2_c; /* T ln 2 in parts, where there is no FMA */
+    REAL magic;               /* adding it rounds to an integer k, held in the low bits as exponent bias - 1 - n + k */
 } NAME(exp_args);
 
 #if REAL_IS_FLOAT
-#define MAGIC 0x1.8p23f /* adding it rounds to an integer, held in the low bits */
+#define MAGIC 0x1.8p23f /* adding it rounds to an integer */
 #define MANTISSA 23
 #define BIAS 127
-#define MAGIC_BITS 0x4B400000u
 #else
 #define MAGIC 0x1.8p52
 #define MANTISSA 52
 #define BIAS 1023
-#define MAGIC_BITS 0x4338000000000000u
+#endif
+
+/* a b + c of two products: told which of them is fused, two loops of one formula give the same bits */
+#if REAL_IS_FLOAT
+static const float ce_ln2_high_float32 = 0x1.62e4p-1f, ce_ln2_low_float32 = 0x1.7f7d1cp-20f; /* 16 bits, the rest */
+CE_INLINE float ce_abs_float32(float v) { return fabsf(v); }
+CE_INLINE float ce_fma_float32(float a, float b, float c) { return CE_HAVE_FMA ? __builtin_fmaf(a, b, c) : a * b + c; }
+#define LARGE 0x1p100f
+#else
+static const double ce_ln2_high_float64 = 0x1.62e42feep-1, ce_ln2_low_float64 = 0x1.a39ef35793c76p-33;
+CE_INLINE double ce_abs_float64(double v) { return fabs(v); }
+CE_INLINE double ce_fma_float64(double a, double b, double c) { return CE_HAVE_FMA ? __builtin_fma(a, b, c) : a * b + c; }
+#define LARGE 0x1p900
 #endif
 
 CE_INLINE NAME(exp_args) NAME(exp_prepare)(double base, int64_t n, const ce_temperature *t)
 {
     double ln2 = t->ln2_high + t->ln2_low;
-    NAME(exp_args) a;
+    NAME(exp_args) a = {0};
     a.base = (REAL)base;
     a.cutoff = (REAL)((double)(n - BIAS + 1) * ln2);
     a.log2e = (REAL)t->log2e;
-    a.inverse = (REAL)(1 / t->value);
-#if !REAL_IS_FLOAT
-    a.ln2_a = t->ln2_high;
-    a.ln2_b = t->ln2_low;
-#elif CE_HAVE_FMA
-    a.ln2_a = (REAL)ln2;
-    a.ln2_b = (REAL)(ln2 - (double)a.ln2_a);
-#else
+    a.log2e_low = REAL_IS_FLOAT ? (REAL)(t->log2e - (double)a.log2e) : (REAL)t->log2e_low;
+    a.magic = MAGIC + (REAL)(BIAS - 1 - n);
+#if CE_HAVE_FMA
+#elif REAL_IS_FLOAT
     double b = ln2 - ce_leading(ln2, 11);
     a.ln2_a = (REAL)(ln2 - b);
     a.ln2_b = (REAL)ce_leading(b, 11);
     a.ln2_c = (REAL)(b - ce_leading(b, 11));
+#else
+    a.ln2_a = t->ln2_high;
+    a.ln2_b = t->ln2_low;
 #endif
-    a.shift = (UINT)(BIAS - 1) - (UINT)n - MAGIC_BITS;
     return a;
 }
 
@@ -89,37 +100,37 @@ CE_INLINE REAL NAME(exp)(REAL x, NAME(exp_args) a)
 {
     REAL d = x - a.base;
     d = d < a.cutoff ? a.cutoff : d; /* NaN passes */
-    REAL t = d * a.log2e + MAGIC;
-    REAL k = t - MAGIC;
-    REAL r = (d - k * a.ln2_a) - k * a.ln2_b;
-#if REAL_IS_FLOAT && !CE_HAVE_FMA
-    r -= k * a.ln2_c;
-#endif
-    r *= a.inverse;
-#if REAL_IS_FLOAT
-    REAL p = 0x1.6a22bap-9f;
-    p = p * r + 0x1.123a98p-6f;
-    p = p * r + 0x1.5558f6p-4f;
-    p = p * r + 0x1.555490p-2f;
-    p = p * r + 0x1.fffffcp-1f;
-    p = p * r + 2;
+    REAL t = d * a.log2e + a.magic;
+    REAL k = t - a.magic;
+#if CE_HAVE_FMA
+    REAL r = NAME(fma)(d, a.log2e_low, NAME(fma)(d, a.log2e, -k));
 #else
-    REAL p = 0x1.ad7fab91606afp-25;
-    p = p * r + 0x1.28adef591de38p-21;
-    p = p * r + 0x1.71df25f5aabe7p-18;
-    p = p * r + 0x1.a019998a28c10p-15;
-    p = p * r + 0x1.a01a0129b33e0p-12;
-    p = p * r + 0x1.6c16c1845839ap-9;
-    p = p * r + 0x1.1111111127eddp-6;
-    p = p * r + 0x1.55555555507b3p-4;
-    p = p * r + 0x1.55555555554f9p-2;
-    p = p * r + 0x1.000000000000ap0;
-    p = p * r + 2;
+    REAL r = (((d - k * a.ln2_a) - k * a.ln2_b) - k * a.ln2_c) * a.log2e;
+#endif
+#if REAL_IS_FLOAT
+    REAL p = 0x1.4172eap-12f;
+    p = p * r + 0x1.5f0980p-9f;
+    p = p * r + 0x1.3b2ddap-6f;
+    p = p * r + 0x1.c6af7ap-4f;
+    p = p * r + 0x1.ebfbdcp-2f;
+    p = p * r + 0x1.62e430p0f;
+#else
+    REAL p = 0x1.e819cbf1f7076p-31;
+    p = p * r + 0x1.e6136d2edd5aep-27;
+    p = p * r + 0x1.b52607f03e5c3p-23;
+    p = p * r + 0x1.62bfcccdaa849p-19;
+    p = p * r + 0x1.ffcbfbfaabf40p-16;
+    p = p * r + 0x1.4309130c71929p-12;
+    p = p * r + 0x1.5d87fe78b386fp-9;
+    p = p * r + 0x1.3b2ab6fba0fa1p-6;
+    p = p * r + 0x1.c6b08d704a0d4p-4;
+    p = p * r + 0x1.ebfbdff82c59dp-2;
+    p = p * r + 0x1.62e42fefa39efp0;
 #endif
     p = p * r + 2;
     UINT bits;
     memcpy(&bits, &t, sizeof bits);
-    bits = (bits + a.shift) << MANTISSA;
+    bits <<= MANTISSA;
     REAL power;
     memcpy(&power, &bits, sizeof power); /* 2^(k - n - 1); 0 at the cutoff */
     return p * power;
@@ -128,11 +139,8 @@ CE_INLINE REAL NAME(exp)(REAL x, NAME(exp_args) a)
 /* The arguments for the reference n T ln 2 of one lane among others, n an integer. */
 CE_INLINE NAME(exp_args) NAME(exp_of_lane)(NAME(exp_args) a, REAL ln2, REAL n)
 {
-    REAL t = n + MAGIC;
-    UINT bits;
-    memcpy(&bits, &t, sizeof bits); /* MAGIC_BITS + n */
     a.cutoff = (n - (REAL)(BIAS - 1)) * ln2;
-    a.shift = (UINT)(BIAS - 1) - bits;
+    a.magic = MAGIC + ((REAL)(BIAS - 1) - n);
     return a;
 }
 
@@ -198,19 +206,6 @@ CE_INLINE REAL NAME(log1p_unit)(REAL e)
 #endif
     return e * (q * e + 1); /* e * e would be subnormal */
 }
-
-/* a b + c of two products: told which of them is fused, two loops of one formula give the same bits */
-#if REAL_IS_FLOAT
-static const float ce_ln2_high_float32 = 0x1.62e4p-1f, ce_ln2_low_float32 = 0x1.7f7d1cp-20f; /* 16 bits, the rest */
-CE_INLINE float ce_abs_float32(float v) { return fabsf(v); }
-CE_INLINE float ce_fma_float32(float a, float b, float c) { return CE_HAVE_FMA ? __builtin_fmaf(a, b, c) : a * b + c; }
-#define LARGE 0x1p100f
-#else
-static const double ce_ln2_high_float64 = 0x1.62e42feep-1, ce_ln2_low_float64 = 0x1.a39ef35793c76p-33;
-CE_INLINE double ce_abs_float64(double v) { return fabs(v); }
-CE_INLINE double ce_fma_float64(double a, double b, double c) { return CE_HAVE_FMA ? __builtin_fma(a, b, c) : a * b + c; }
-#define LARGE 0x1p900
-#endif
 
 /* k, and log f, of a normal v = 2^k f, 2^-0.5 <= f < 2^0.5: 2 s + s^3 q(s^2), s = (f - 1) / (f + 1); 2^-30.1, 2^-58.8 */
 CE_INLINE REAL NAME(log_parts)(REAL v, REAL *k)
@@ -285,4 +280,3 @@ CE_INLINE double ce_lost(double a, double b, double product)
 #undef MAGIC
 #undef MANTISSA
 #undef BIAS
-#undef MAGIC_BITS
