@@ -188,10 +188,15 @@ class ReliabilityDisplay:
             if histogram:
                 edges = np.linspace(0, 1, len(self.shares[k]) + 1)
                 ax.stairs(self.shares[k], edges, fill=True, alpha=0.2, color=lines[-1].get_color())
-        of = "of the largest probability" if self.classes is None else "of each class"
-        ax.set(xlabel=f"Mean predicted probability {of}", ylabel="Fraction of samples of the class")
-        ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        top = self.classes is None
+        ax.set(
+            xlabel="Mean largest probability" if top else "Mean predicted probability of the class",
+            ylabel=("Fraction of right ones" if top else "Fraction of the class")
+            + ("; bars: share of samples" if histogram else ""),
+            xlim=(-0.02, 1.02),
+            ylim=(-0.02, 1.02),
+        )
         ax.legend(loc="upper left")
-        self.line_ = lines[0] if self.classes is None else lines
+        self.line_ = lines[0] if top else lines
         self.ax_, self.figure_ = ax, ax.figure
         return self

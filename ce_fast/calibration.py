@@ -271,7 +271,8 @@ def fit_temperature(logits, target, *, sample_weight=None, ignore_index=-100, cl
 
     Notes
     -----
-    Some ten evaluations, each of two passes over the logits in float64, with nothing of their size beside them.
+    Some ten evaluations, each of two passes over the logits in float64, with nothing of their size beside them. T is
+    exact to some 1e-15 times its square, in units of the logits' spread: far above that spread the loss is flat.
 
     Examples
     --------

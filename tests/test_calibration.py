@@ -9,6 +9,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import ce_fast as ce
 from ce_fast import calibration
@@ -94,6 +96,21 @@ def test_the_error_is_that_of_loops_over_bins(rng, strategy, norm, kind):
             actual = calibration_error(logits, target, n_bins=n_bins, sample_weight=w, **options)
             expected = loop_error(softmax(logits, 1).tolist(), target, w, n_bins=n_bins, **options)
             assert actual == pytest.approx(expected, rel=1e-11, abs=1e-14)
+
+
+@settings(max_examples=100)
+@given(data=st.data(), strategy=st.sampled_from(STRATEGIES), kind=st.sampled_from(KINDS), norm=st.sampled_from(NORMS))
+def test_ties_and_edges_are_where_the_loops_have_them(data, strategy, kind, norm):
+    """Confidences that are eighths: many are equal, many on an edge of uniform bins."""
+    n_rows, n_classes, n_bins = (data.draw(st.integers(1, most)) for most in (12, 4, 9))
+    eighths = st.lists(st.integers(0, 8), min_size=n_classes, max_size=n_classes)
+    proba = np.array(data.draw(st.lists(eighths, min_size=n_rows, max_size=n_rows))) / 8
+    target = np.array(data.draw(st.lists(st.integers(0, n_classes - 1), min_size=n_rows, max_size=n_rows)))
+    weight = np.array(data.draw(st.lists(st.integers(0, 3), min_size=n_rows, max_size=n_rows)), float)
+    weight[0] += 1
+    actual = Binning(n_bins, strategy, kind).bins(proba, target, weight).error(norm)
+    options = {"n_bins": n_bins, "strategy": strategy, "norm": norm, "kind": kind}
+    assert actual == pytest.approx(loop_error(proba.tolist(), target, weight, **options), rel=1e-12, abs=1e-14)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -293,7 +310,7 @@ def test_the_temperature_that_targets_were_drawn_at_is_found_again(rng, t):
     assert fit_temperature(logits, target) == pytest.approx(t, rel=error)
 
 
-@pytest.mark.parametrize("right", [0.51, 0.6, 0.9, 0.999])
+@pytest.mark.parametrize("right", [0.501, 0.51, 0.6, 0.9, 0.999])
 def test_two_classes_of_one_margin_have_a_closed_form(right):
     """p = sigmoid(m / T) is the frequency of the larger: T = m / logit(frequency)."""
     n, margin = 1000, 4.0
