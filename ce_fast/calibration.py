@@ -78,13 +78,14 @@ class Binning:
         target: np.ndarray,  # (n_rows,) the class
         weight: np.ndarray,  # (n_rows,) at least 0; rows of weight 0 do not count
         confidence: Callable[[np.ndarray], np.ndarray] = np.asarray,  # of (n_rows, n) values
+        top: tuple[np.ndarray, np.ndarray] | None = None,  # `largest` of the values, if it is known
     ) -> Bins:
         """The sums; a block of classes at a time."""
         counts: slice | np.ndarray = slice(None) if weight.all() else weight != 0
         target, weight = target[counts], weight[counts]
         if self.kind == "top_label":
-            best, largest = _largest(values)
-            return self._sums(confidence(largest[:, None])[counts], (best[counts] == target)[:, None], weight)
+            best, value = largest(values) if top is None else top
+            return self._sums(confidence(value[:, None])[counts], (best[counts] == target)[:, None], weight)
         n_classes, parts = values.shape[-1], []
         step = max(1, BLOCK // math.prod((1, *values.shape[:-1]))) if values.size else n_classes
         for first in range(0, n_classes, step):
@@ -111,16 +112,16 @@ class Binning:
         return Bins(total(np.broadcast_to(mass, confidence.shape)), total(mass * confidence), total(mass * correct))
 
 
-def _largest(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def largest(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(class, value) of the largest of each row, the first of equal ones. In blocks, for NumPy copies what it does not
     find contiguous."""
     n_classes, n_rows = values.shape[-1], math.prod(values.shape[:-1])
-    best, largest = np.empty(n_rows, np.int64), np.empty(n_rows, values.dtype)
+    best, value = np.empty(n_rows, np.int64), np.empty(n_rows, values.dtype)
     for index, rows in row_blocks(values.shape[:-1], max(1, BLOCK // n_classes)):
         x = values[index].reshape(-1, n_classes)
         best[rows] = x.argmax(1)
-        largest[rows] = x[np.arange(len(x)), best[rows]]
-    return best, largest
+        value[rows] = x[np.arange(len(x)), best[rows]]
+    return best, value
 
 
 def _quantiles(values: np.ndarray, weight: np.ndarray, n: int) -> np.ndarray:
@@ -214,14 +215,16 @@ def calibration_error(
     call = _check(loss, logits, target, sample_weight)
     _, picked, weight = engine._pick(call.rows)
     values = call.logits.rows
-    lse = np.empty(len(weight))
-    engine.run_block({"logits": values, "lse": lse, "temperature": loss.temperature}, None, loss.n_threads, wide=True)
+    best, top = largest(values)
+    nll = engine.run_block(  # of the largest: -log p of the others is that and a difference of logits, however large
+        {"logits": values, "rows": Rows(best), "temperature": loss.temperature}, None, loss.n_threads, wide=True
+    )
 
     def confidence(x: np.ndarray) -> np.ndarray:
         with np.errstate(all="ignore"):
-            return np.exp(x.astype(np.float64) / loss.temperature - lse[:, None])
+            return np.exp((x - top[:, None].astype(np.float64)) / loss.temperature - nll[:, None])
 
-    return binning.bins(values, picked, weight, confidence).error(norm)
+    return binning.bins(values, picked, weight, confidence, (best, top)).error(norm)
 
 
 def _check(loss: CrossEntropyLoss, logits, target, sample_weight) -> engine.Call:

@@ -194,6 +194,21 @@ def test_logits_divided_by_t_are_those_at_the_temperature_t(rng):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_no_unit_and_no_constant_of_the_logits_matters(rng, kind):
+    logits, target = sample(rng)
+    logits = np.round(logits, 3)
+    expected = calibration_error(logits, target, kind=kind, temperature=1.7)
+    for unit in (2.0**-60, 2.0**60, 2.0**90):
+        actual = calibration_error(unit * logits, target, kind=kind, temperature=unit * 1.7)
+        assert actual == pytest.approx(expected, rel=1e-12)
+    logits = np.round(logits * 2**10) / 2**10
+    expected = calibration_error(logits, target, kind=kind, temperature=1.7)
+    for constant in (2.0**20, 2.0**40):
+        actual = calibration_error(logits + constant, target, kind=kind, temperature=1.7)
+        assert actual == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_rows_that_do_not_count_are_as_if_not_there(rng, strategy, kind):
     logits, target = sample(rng, 60)
