@@ -178,17 +178,14 @@ class ReliabilityDisplay:
         name = self.estimator_name if name is None else name
         if ref_line and REFERENCE not in ax.get_legend_handles_labels()[1]:
             ax.plot([0, 1], [0, 1], "k:", label=REFERENCE)
-        lines = []
+        lines, top = [], self.classes is None
         for k, error in enumerate(self.errors):
-            words = [
-                str(word) for word in (name, None if self.classes is None else self.classes[k]) if word is not None
-            ]
-            label = f"{' '.join(words)} ({ERRORS[self.norm]} {error:.3f})".lstrip()
+            of = "" if top else f" {self.classes[k]}"
+            label = f"{'' if name is None else name}{of} ({ERRORS[self.norm]} {error:.3f})".lstrip()
             lines += ax.plot(self.prob_pred[k], self.prob_true[k], **{"label": label} | style)
             if histogram:
                 edges = np.linspace(0, 1, len(self.shares[k]) + 1)
                 ax.stairs(self.shares[k], edges, fill=True, alpha=0.2, color=lines[-1].get_color())
-        top = self.classes is None
         ax.set(
             xlabel="Mean largest probability" if top else "Mean predicted probability of the class",
             ylabel=("Fraction of right ones" if top else "Fraction of the class")
