@@ -4,7 +4,8 @@ plot, and not before."""
 import numpy as np
 
 from ce_fast import inputs
-from ce_fast.adapters.sklearn import _plain, _warn_unless
+from ce_fast.adapters.sklearn_inputs import plain
+from ce_fast.adapters.sklearn_loss import warn_unless
 from ce_fast.adapters.sklearn_metrics import bins_of, read
 from ce_fast.calibration import NORMS, Binning, Bins
 
@@ -54,7 +55,7 @@ class ReliabilityDisplay:
     --------
     >>> from sklearn.datasets import load_iris
     >>> from sklearn.linear_model import LogisticRegression
-    >>> from ce_fast.adapters.sklearn_display import ReliabilityDisplay
+    >>> from ce_fast.adapters.sklearn import ReliabilityDisplay
     >>> X, y = load_iris(return_X_y=True)
     >>> model = LogisticRegression(C=0.01, max_iter=1000).fit(X[::2], y[::2])
     >>> display = ReliabilityDisplay.from_estimator(model, X[1::2], y[1::2], n_bins=5)
@@ -134,11 +135,11 @@ class ReliabilityDisplay:
         """
         binning = Binning(n_bins, strategy, kind)
         given = read(y_true, y_proba, sample_weight, labels)
-        _warn_unless(given.sums_to_one)
+        warn_unless(given.sums_to_one)
         bins = bins_of(given, binning)
         bars = bins if strategy == "uniform" else bins_of(given, Binning(n_bins, "uniform", kind))
         shares = bars.weight / bars.weight.sum(1, keepdims=True)
-        classes = _plain(given.classes) if kind == "class_wise" else None
+        classes = plain(given.classes) if kind == "class_wise" else None
         display = cls(bins, shares, norm=norm, classes=classes, estimator_name=name)
         return display.plot(ax=ax, ref_line=ref_line, histogram=histogram, **kwargs)
 

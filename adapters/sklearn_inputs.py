@@ -99,7 +99,7 @@ def read_classes(values, name: str) -> Classes:
         classes: Classes = [labels.names[k] for k in labels.number]
     else:
         classes = labels.astype(np.int64, copy=False)
-    if len(set(_plain(classes))) != len(classes):
+    if len(set(plain(classes))) != len(classes):
         raise ValueError(f"{name} is {shown(classes)}; expected each label once")
     return classes
 
@@ -153,7 +153,7 @@ def _unseen(label, classes: Classes, name: str, known: str) -> ValueError:
     return ValueError(f"{name} has the label {label!r}; expected one of {known} {shown(classes)}")
 
 
-def _plain(classes: Classes) -> list:
+def plain(classes: Classes) -> list:
     return classes if isinstance(classes, list) else classes.tolist()
 
 
@@ -164,7 +164,7 @@ def increasing(classes: Classes) -> bool:
 
 
 def shown(classes: Classes) -> str:
-    first = ", ".join(map(repr, _plain(classes[:20])))
+    first = ", ".join(map(repr, plain(classes[:20])))
     return f"[{first}]" if len(classes) <= 20 else f"[{first}, ...]"
 
 
@@ -200,11 +200,11 @@ def read_class_weight(class_weight) -> dict[Any, float] | str | None:
 def weight_of_each(classes: Classes, class_weight: Mapping[Any, float] | None) -> np.ndarray | None:
     if class_weight is None:
         return None
-    plain = _plain(classes)
-    strange = [label for label in class_weight if label not in plain]
-    if strange and not all(label in class_weight for label in plain):  # a slip rather than a class this fold lacks
+    names = plain(classes)
+    strange = [label for label in class_weight if label not in names]
+    if strange and not all(label in class_weight for label in names):  # a slip rather than a class this fold lacks
         raise ValueError(f"class_weight has the label {strange[0]!r}; the estimator's classes are {shown(classes)}")
-    return np.array([class_weight.get(label, 1.0) for label in plain])
+    return np.array([class_weight.get(label, 1.0) for label in names])
 
 
 def read_probabilities(y_proba) -> np.ndarray:
@@ -225,20 +225,20 @@ def one_column(scores: np.ndarray, classes: Classes, name: str) -> bool:
     return False
 
 
-def _two_columns(scores: np.ndarray, first: np.ndarray) -> np.ndarray:
+def two_columns(scores: np.ndarray, first: np.ndarray) -> np.ndarray:
     return np.stack([first.reshape(-1), scores.reshape(-1)], axis=1)
 
 
 def read_logits(y_score, classes: Classes, name: str) -> np.ndarray:
     scores = np.asarray(y_score)
-    return _two_columns(scores, np.zeros_like(scores)) if one_column(scores, classes, name) else scores
+    return two_columns(scores, np.zeros_like(scores)) if one_column(scores, classes, name) else scores
 
 
 def log_of_probabilities(y_proba, classes: Classes, name: str) -> np.ndarray:
     proba = read_probabilities(y_proba)
     check_unit_interval(proba)
     if one_column(proba, classes, name):
-        proba = _two_columns(proba, 1 - proba)
+        proba = two_columns(proba, 1 - proba)
     return np.log(_clip(proba))
 
 

@@ -11,22 +11,21 @@ from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.utils import check_consistent_length
 
 from ce_fast import inputs
-from ce_fast.adapters.sklearn import (
+from ce_fast.adapters.sklearn_inputs import (
     Classes,
-    _classes_in,
-    _clipped_loss,
-    _encode,
-    _increasing,
-    _numbers,
-    _one_column,
-    _read_classes,
-    _read_labels,
-    _read_probabilities,
-    _read_weights,
-    _shown,
-    _two_columns,
-    _warn_unless,
+    classes_in,
+    encode,
+    increasing,
+    numbers,
+    one_column,
+    read_classes,
+    read_labels,
+    read_probabilities,
+    read_weights,
+    shown,
+    two_columns,
 )
+from ce_fast.adapters.sklearn_loss import clipped_loss, warn_unless
 from ce_fast.calibration import BLOCK, NORMS, Binning, Bins
 
 __all__ = ["brier_score", "calibration_error", "d2_log_loss"]
@@ -44,20 +43,20 @@ class Given(NamedTuple):
 
 def read(y_true, y_proba, sample_weight, labels) -> Given:
     """ValueError and TypeError about everything that does not fit."""
-    known, proba = _read_labels(y_true, "y_true"), _read_probabilities(y_proba)
+    known, proba = read_labels(y_true, "y_true"), read_probabilities(y_proba)
     check_consistent_length(proba, known, sample_weight)
-    classes = _classes_in(known) if labels is None else _read_classes(labels, "labels")
-    if not _increasing(classes):  # scikit-learn sorts them, and warns that the columns may be meant otherwise
-        raise ValueError(f"labels is {_shown(classes)}; expected sorted labels, the columns of y_proba in their order")
+    classes = classes_in(known) if labels is None else read_classes(labels, "labels")
+    if not increasing(classes):  # scikit-learn sorts them, and warns that the columns may be meant otherwise
+        raise ValueError(f"labels is {shown(classes)}; expected sorted labels, the columns of y_proba in their order")
     if len(classes) < 2:
         given = "y_true contains" if labels is None else "labels is"
         raise ValueError(f"{given} only one label ({classes[0]!s}); give all labels through labels=")
-    if _one_column(proba, classes, "y_proba"):
+    if one_column(proba, classes, "y_proba"):
         proba = proba.reshape(-1)
-    columns = _encode(known, classes, "y_true", "labels")
-    sums_to_one = _clipped_loss(proba, columns, None)[1]  # the pass of `log_loss`, for its checks
-    proba = _two_columns(proba, 1 - proba) if proba.ndim == 1 else proba
-    return Given(proba, _numbers(columns), classes, _read_weights(sample_weight, len(proba)), sums_to_one)
+    columns = encode(known, classes, "y_true", "labels")
+    sums_to_one = clipped_loss(proba, columns, None)[1]  # the pass of `log_loss`, for its checks
+    proba = two_columns(proba, 1 - proba) if proba.ndim == 1 else proba
+    return Given(proba, numbers(columns), classes, read_weights(sample_weight, len(proba)), sums_to_one)
 
 
 def bins_of(given: Given, binning: Binning) -> Bins:
@@ -128,7 +127,7 @@ def calibration_error(
 
     Examples
     --------
-    >>> from ce_fast.adapters.sklearn_metrics import calibration_error
+    >>> from ce_fast.adapters.sklearn import calibration_error
     >>> y_proba = [[0.1, 0.9], [0.9, 0.1], [0.8, 0.2], [0.35, 0.65]]
     >>> round(calibration_error(["spam", "ham", "ham", "ham"], y_proba), 6)
     0.2625
@@ -136,7 +135,7 @@ def calibration_error(
     binning = Binning(n_bins, strategy, kind)
     inputs.check_choice("norm", norm, NORMS)
     given = read(y_true, y_proba, sample_weight, labels)
-    _warn_unless(given.sums_to_one)
+    warn_unless(given.sums_to_one)
     return bins_of(given, binning).error(norm)
 
 
@@ -172,14 +171,14 @@ def brier_score(y_true, y_proba, *, sample_weight=None, labels=None, scale_by_ha
 
     Examples
     --------
-    >>> from ce_fast.adapters.sklearn_metrics import brier_score
+    >>> from ce_fast.adapters.sklearn import brier_score
     >>> round(brier_score(["spam", "ham", "ham", "spam"], [0.9, 0.1, 0.25, 0.5]), 6)
     0.083125
     """
     if not (scale_by_half == "auto" or isinstance(scale_by_half, bool | np.bool_)):
         raise ValueError(f"scale_by_half is {scale_by_half!r}; expected True, False or 'auto'")
     given = read(y_true, y_proba, sample_weight, labels)
-    _warn_unless(given.sums_to_one)
+    warn_unless(given.sums_to_one)
     n_samples, n_classes = given.proba.shape
     squares, step = np.empty(n_samples), max(1, BLOCK // n_classes)
     for first in range(0, n_samples, step):
@@ -224,7 +223,7 @@ def d2_log_loss(y_true, y_proba, *, sample_weight=None, labels=None) -> float:
 
     Examples
     --------
-    >>> from ce_fast.adapters.sklearn_metrics import d2_log_loss
+    >>> from ce_fast.adapters.sklearn import d2_log_loss
     >>> round(d2_log_loss(["spam", "ham", "ham", "spam"], [0.9, 0.1, 0.2, 0.65]), 6)
     0.688144
     """
@@ -234,8 +233,8 @@ def d2_log_loss(y_true, y_proba, *, sample_weight=None, labels=None) -> float:
         warnings.warn(message, UndefinedMetricWarning, stacklevel=2)
         return math.nan
     given = read(y_true, y_proba, sample_weight, labels)
-    _warn_unless(given.sums_to_one)
-    loss = _clipped_loss(given.proba, (given.column, 0), given.weight, normalize=False)[0]
+    warn_unless(given.sums_to_one)
+    loss = clipped_loss(given.proba, (given.column, 0), given.weight, normalize=False)[0]
     mass = np.bincount(given.column, given.weight, len(given.classes))
     eps = np.finfo(np.float64).eps  # clipped as the probabilities are
     return float(1 + loss / (mass @ np.log(np.clip(mass / mass.sum(), eps, 1 - eps))))

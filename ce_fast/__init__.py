@@ -24,6 +24,7 @@ from ce_fast.adapters.numpy import (
     softmax,
 )
 from ce_fast.backends import use_backend
+from ce_fast.calibration import calibration_error, fit_temperature
 from ce_fast.config import __version__, show_config
 from ce_fast.distillation import DistillationLoss
 from ce_fast.linear import LinearCrossEntropyLoss
@@ -56,9 +57,11 @@ __all__ = [
     "__version__",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
+    "calibration_error",
     "cross_entropy",
     "distillation_loss",
     "entropy",
+    "fit_temperature",
     "focal_loss",
     "generalized_cross_entropy",
     "kl_div",

@@ -200,11 +200,11 @@ def calibration_error(
 
     Examples
     --------
-    >>> from ce_fast.calibration import calibration_error
+    >>> import ce_fast as ce
     >>> logits = [[2.0, 0.0, -1.0], [0.0, 1.0, 0.0], [3.0, 0.0, 0.0], [0.0, 0.0, 1.5]]
-    >>> round(calibration_error(logits, [0, 1, 1, 2]), 6)
+    >>> round(ce.calibration_error(logits, [0, 1, 1, 2]), 6)
     0.449523
-    >>> round(calibration_error(logits, [0, 1, 1, 2], kind="class_wise", norm="l2"), 6)
+    >>> round(ce.calibration_error(logits, [0, 1, 1, 2], kind="class_wise", norm="l2"), 6)
     0.427411
     """
     binning = Binning(n_bins, strategy, kind)
@@ -281,9 +281,8 @@ def fit_temperature(logits, target, *, sample_weight=None, ignore_index=-100, cl
     --------
     >>> import numpy as np
     >>> import ce_fast as ce
-    >>> from ce_fast.calibration import fit_temperature
     >>> logits = np.array([[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [4.0, 0.0]])
-    >>> T = fit_temperature(logits, [0, 0, 0, 1])  # three of four are right
+    >>> T = ce.fit_temperature(logits, [0, 0, 0, 1])  # three of four are right
     >>> round(T, 6)
     3.640957
     >>> ce.softmax(logits[:1] / T).round(6)

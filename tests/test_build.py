@@ -12,12 +12,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = {
-    "__init__", "config", "distillation", "engine", "inputs", "linear", "losses", "plan", "reduction", "threads",
-    "top_k",
+    "__init__", "calibration", "config", "distillation", "engine", "inputs", "linear", "losses", "plan", "reduction",
+    "threads", "top_k",
     "backends/__init__", "backends/compiled", "backends/numba", "backends/numba_columns", "backends/numba_elements",
     "backends/numba_math", "backends/numba_rows",
     "adapters/__init__", "adapters/numpy", "adapters/torch", "adapters/torch_autograd", "adapters/torch_linear",
-    "adapters/sklearn", "adapters/sklearn_inputs", "adapters/sklearn_loss", "adapters/sklearn_scorer",
+    "adapters/sklearn", "adapters/sklearn_display", "adapters/sklearn_inputs", "adapters/sklearn_loss",
+    "adapters/sklearn_metrics", "adapters/sklearn_scorer",
 }  # fmt: skip
 C_SOURCES = {path.name for path in (ROOT / "ce_fast/csrc").iterdir()}
 

@@ -14,16 +14,15 @@ from ce_fast import workloads
 ROOT = Path(__file__).resolve().parents[1]
 README, GUIDE = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 MODULES = [
-    "ce_fast", "ce_fast.backends", "ce_fast.bench", "ce_fast.config", "ce_fast.distillation", "ce_fast.linear",
-    "ce_fast.losses", "ce_fast.adapters.numpy", "ce_fast.adapters.sklearn_loss", "ce_fast.adapters.sklearn_scorer",
+    "ce_fast", "ce_fast.backends", "ce_fast.bench", "ce_fast.calibration", "ce_fast.config", "ce_fast.distillation",
+    "ce_fast.linear", "ce_fast.losses", "ce_fast.adapters.numpy", "ce_fast.adapters.sklearn_display",
+    "ce_fast.adapters.sklearn_loss", "ce_fast.adapters.sklearn_metrics", "ce_fast.adapters.sklearn_scorer",
     "ce_fast.adapters.torch",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_give_what_they_say(name):
-    if name.rpartition(".")[2] in ("sklearn", "torch"):
-        pytest.importorskip(name.rpartition(".")[2])
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
