@@ -189,7 +189,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(f"y holds one class, {self.classes_[0]!r}; expected samples of at least 2 classes")
-        weights = _row_weights(sample_weight, self.class_weight, X, y, self.classes_)
+        weights = _row_weights(sample_weight, self.class_weight, X, self.classes_, codes)
         total = float(len(y) if weights is None else weights.sum())
         rows = (codes, weights)
         if teacher_logits is not None:
@@ -251,7 +251,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         self.n_iter_ = np.array([result.nit], np.int32)
 
     def decision_function(self, X):
-        """Logits.
+        """Logits; for two classes those of the second one, the other's being 0.
 
         Parameters
         ----------
@@ -260,7 +260,6 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         Returns
         -------
         ndarray of shape (n_samples,) or (n_samples, n_classes)
-            For two classes the logit of the second one, the other's being 0.
         """
         check_is_fitted(self)
         X = validate_data(self, X, accept_sparse="csr", dtype=FLOATS, reset=False)
@@ -269,46 +268,17 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         return scores[:, 0] if scores.shape[1] == 1 else scores
 
     def predict(self, X):
-        """The class of the largest logit.
-
-        Parameters
-        ----------
-        X : {array-like, sparse matrix} of shape (n_samples, n_features)
-
-        Returns
-        -------
-        ndarray of shape (n_samples,)
-        """
+        """The class of the largest logit of each row; X as in `decision_function`."""
         scores = self.decision_function(X)
         return self.classes_[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
 
     def predict_proba(self, X):
-        """Probabilities: softmax of the logits.
-
-        Parameters
-        ----------
-        X : {array-like, sparse matrix} of shape (n_samples, n_features)
-
-        Returns
-        -------
-        ndarray of shape (n_samples, n_classes)
-            Columns in the order of `classes_`.
-        """
+        """Probabilities of shape (n_samples, n_classes), columns in the order of `classes_`: softmax of the logits."""
         logits = _two_columns(self.decision_function(X))
         return softmax(logits, out=logits)
 
     def predict_log_proba(self, X):
-        """Logarithms of the probabilities, exact where those round to 0 or 1.
-
-        Parameters
-        ----------
-        X : {array-like, sparse matrix} of shape (n_samples, n_features)
-
-        Returns
-        -------
-        ndarray of shape (n_samples, n_classes)
-            In nats, columns in the order of `classes_`.
-        """
+        """Logarithms of the probabilities, in nats: exact where those round to 0 or 1."""
         logits = _two_columns(self.decision_function(X))
         return log_softmax(logits, out=logits)
 
@@ -359,7 +329,7 @@ class _Objective:
         value, _ = self.loss.value_and_grad(logits, *rows, out=logits)
         if binary:
             product[:, 0] = logits[:, 1]
-        grad[:n_features] += X.T @ product
+        grad[:n_features] += (product.T @ X).T  # a third less time than X.T @ product where features are many
         if self.fit_intercept:
             grad[-1] += self.ones[:n_rows] @ product
         return value
@@ -374,20 +344,20 @@ def _rows_of(X, block: slice):
     return type(X)((X.data[stored], X.indices[stored], ends - ends[0]), shape=(len(ends) - 1, X.shape[1]))
 
 
-def _row_weights(sample_weight, class_weight, X, y, classes) -> np.ndarray | None:
+def _row_weights(sample_weight, class_weight, X, classes, codes) -> np.ndarray | None:
     """Sample weight times class weight of each row; None if all are 1."""
     if sample_weight is None and class_weight is None:
         return None
     weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
     if class_weight is not None:
         with np.errstate(divide="ignore"):  # a class whose rows weigh nothing has the balanced weight inf
-            each = compute_class_weight(class_weight, classes=classes, y=y, sample_weight=weights)
+            each = compute_class_weight(class_weight, classes=classes, y=classes[codes], sample_weight=weights)
         for label, weight in zip(classes, each, strict=True):
             if not 0 <= weight < np.inf:
                 raise ValueError(
                     f"class_weight gives the class {label!r} the weight {weight}; expected 0 <= weight < inf"
                 )
-        weights = weights * each[np.searchsorted(classes, y)]
+        weights = weights * each[codes]
     if not weights.any():
         raise ValueError("all sample weights times class weights are 0; expected at least one that is not")
     return weights
