@@ -97,7 +97,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
     Examples
     --------
     >>> from sklearn.datasets import load_iris
-    >>> from ce_fast.adapters.sklearn_classifier import SoftmaxClassifier
+    >>> from ce_fast.adapters.sklearn import SoftmaxClassifier
     >>> X, y = load_iris(return_X_y=True)
     >>> sure = SoftmaxClassifier(max_iter=200).fit(X, y)
     >>> smooth = SoftmaxClassifier(label_smoothing=0.1, max_iter=200).fit(X, y)
