@@ -205,8 +205,8 @@ def test_the_objective_is_that_of_the_oracle_and_its_gradient_that_of_finite_dif
     loss, n_classes, as_given, rng, monkeypatch
 ):
     options = LOSSES[loss]
-    X, y, fit = problem(rng, n_classes, options)
-    monkeypatch.setattr(adapter, "BLOCK_LOGITS", 64)  # several blocks, the last one shorter
+    X, y, fit = problem(rng, n_classes, options, n_rows=101)
+    monkeypatch.setattr(adapter, "BLOCK_LOGITS", 1)  # 3 blocks, the last one shorter
     objective, start = objective_of(monkeypatch, SoftmaxClassifier(**options), as_given(X), y, **fit)
     at = rng.normal(size=start.shape)
     value, grad = objective(at)
