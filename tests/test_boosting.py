@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+import ce_fast as ce
 import ce_fast.adapters.boosting as adapter
 import reference
 import reference_elements
@@ -218,6 +219,26 @@ def test_probabilities_are_those_of_both_classes_or_all(rng):
     p = SigmoidObjective().probabilities(z)
     np.testing.assert_allclose(p[:, 1], reference_elements.sigmoid(z.astype(np.longdouble)).astype(float), rtol=1e-14)
     np.testing.assert_array_equal(p[:, 0], SigmoidObjective().probabilities(-z)[:, 1])
+
+
+@pytest.mark.parametrize("n_classes", [1, 2, 7, 32, 33, 97])
+@pytest.mark.parametrize("loss", [ce.CrossEntropyLoss(reduction="sum"), ce.FocalLoss(reduction="sum", gamma=1.5)])
+def test_hessians_of_many_rows_are_those_of_each(variant, dtype, loss, n_classes, rng):
+    """Rows go together: the sure, the wrong, those that do not count, and in another layout."""
+    logits = (4 * rng.standard_normal((300, n_classes))).astype(dtype)
+    target, weight = rng.integers(0, n_classes, 300), rng.random(300)
+    logits[::7, 0], logits[3::7, -1] = 25, -np.inf if n_classes > 2 else -20
+    target[3::7], target[5::11], weight[::13] = 0, -100, 0
+    logits[5::11] = np.nan
+    rule = {"rule": loss.rule, "param": loss.parameter}
+    wanted = reference.cross_entropy(logits, target, sample_weight=weight, reduction="sum", **rule)
+    for layout in (np.ascontiguousarray, np.asfortranarray):
+        grad, hess = loss.grad_and_hess(layout(logits), target, weight)
+        assert_grad_close(grad, wanted.grad, wanted.terms, dtype)
+        assert_grad_close(hess, wanted.hess, wanted.hess_terms, dtype)
+    logits[4, 0] = np.nan  # takes all rows near it out of the fast way
+    again = loss.grad_and_hess(logits, target, weight)[1]
+    assert_grad_close(np.delete(again, 4, 0), np.delete(wanted.hess, 4, 0), np.delete(wanted.hess_terms, 4, 0), dtype)
 
 
 def test_any_number_of_threads_gives_the_same_bits(rng):
