@@ -17,6 +17,8 @@ OURS = "ce_fast"
 FEATURES = 512  # of hidden states and classifiers
 TORCH, COMPILED, SKLEARN, JAX = "torch eager", "torch.compile", "scikit-learn", "jax jit"
 CHUNKED = "torch chunked"
+XGBOOST, LIGHTGBM = "XGBoost's own", "LightGBM's own"
+ROUNDS = 5  # of boosting
 READ = "read once (amax)"  # no peer but the floor: its bars say how many times as long ours may take at most
 
 Shape = tuple[int, ...]
@@ -350,6 +352,54 @@ def _multinomial(shape: Shape, n_threads: int) -> Calls:
     return calls
 
 
+def make_table(shape: Shape, n_features: int) -> tuple[np.ndarray, np.ndarray]:
+    """(features, labels) of a classification problem whose raw scores have this shape."""
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((shape[0], n_features), dtype=np.float32)
+    scores = table @ rng.standard_normal((n_features, shape[1]), dtype=np.float32)
+    return table, (scores + 3 * rng.standard_normal(shape, dtype=np.float32)).argmax(axis=1)
+
+
+def _xgboost(shape: Shape, n_threads: int, *, n_features: int) -> Calls:
+    """Training on our objective, and on the one of the library; the shape is that of the raw scores."""
+    if not installed("xgboost"):
+        return {}
+    import xgboost
+
+    from ce_fast.adapters.boosting import SoftmaxObjective
+
+    data = xgboost.QuantileDMatrix(*make_table(shape, n_features), nthread=n_threads)
+    params = {"objective": "multi:softprob", "num_class": shape[1], "base_score": 0.5, "nthread": n_threads}
+    log_loss = SoftmaxObjective().metric
+
+    def train(objective):
+        scores = xgboost.train(params, data, ROUNDS, obj=objective).predict(data, output_margin=True)
+        return log_loss(scores, data)[1], scores
+
+    return {OURS: partial(train, SoftmaxObjective(n_threads=n_threads)), XGBOOST: partial(train, None)}
+
+
+def _lightgbm(shape: Shape, n_threads: int, *, n_features: int) -> Calls:
+    if not installed("lightgbm"):
+        return {}
+    import lightgbm
+
+    from ce_fast.adapters.boosting import SoftmaxObjective
+
+    table, labels = make_table(shape, n_features)
+    how = {"num_threads": n_threads, "verbosity": -1}
+    params = how | {"num_class": shape[1], "boost_from_average": False}
+    data = lightgbm.Dataset(table, labels, params=how).construct()
+    log_loss = SoftmaxObjective().metric
+
+    def train(objective):
+        model = lightgbm.train(params | {"objective": objective}, data, ROUNDS)
+        scores = model.predict(table, raw_score=True)
+        return log_loss(scores, data)[1], scores
+
+    return {OURS: partial(train, SoftmaxObjective(n_threads=n_threads)), LIGHTGBM: partial(train, "multiclass")}
+
+
 LONG, SHORT, PIXELS, ELEMENTS = (1024, 50257), (1_000_000, 10), (8, 21, 512, 512), (4_000_000,)
 LINEAR = (4096, 32000)
 FORWARD = Workload(
@@ -397,6 +447,20 @@ WORKLOADS = (
     ),
     Workload("log-loss", "log_loss, float64", SHORT, _log_loss, (Peer(SKLEARN, 25, 60),)),
     Workload("multinomial", "loss and gradient, float64", (100_000, 100), _multinomial, (Peer(SKLEARN, 5, 10),)),
+    *(
+        Workload(
+            f"{name}-{host}",
+            f"{who}: train, {ROUNDS} rounds, {n_features} features",
+            shape,
+            partial(setup, n_features=n_features),
+            (Peer(peer),),
+        )
+        for name, shape, n_features in (("digits", (1797, 10), 64), ("table", (50_000, 7), 54))
+        for host, who, setup, peer in (
+            ("xgboost", "XGBoost", _xgboost, XGBOOST),
+            ("lightgbm", "LightGBM", _lightgbm, LIGHTGBM),
+        )
+    ),
     Workload("small", "one small call, one thread", (32, 10), _forward, (Peer(TORCH, 2, 5),)),
 )
 BY_NAME = {workload.name: workload for workload in WORKLOADS}

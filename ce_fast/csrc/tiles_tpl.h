@@ -101,7 +101,7 @@ CE_INLINE void NAME(each_class)(const ce_job *job, const ce_array *array, int64_
 }
 
 /* logits of classes [k, k + n_classes); 0 in lanes that do not count, which are not looked at */
-static void NAME(load_lanes)(const ce_job *job, int64_t k, int64_t n_classes, NAME(lanes) *l)
+CE_INLINE void NAME(load_lanes)(const ce_job *job, int64_t k, int64_t n_classes, NAME(lanes) *l)
 {
     NAME(each_class)(job, &job->logits, k, n_classes, l, 0);
     for (int p = 0; p < l->padded && !l->all; p++)
@@ -252,6 +252,41 @@ static void NAME(scale_lanes)(const ce_job *job, int64_t k, int64_t n_classes, N
     for (int p = 0; p < l->n; p++)
         if (l->t[p] >= k && l->t[p] < k + n_classes)
             l->x[(l->t[p] - k) * PITCH + p] = (REAL)(l->g_t[p] * l->scale[p]);
+}
+
+/* h p_k (1 - p_k) >= floor for the exponentials of all classes, and 0 in rows that do not count; without a z_loss h is a.
+   The largest class takes the others' sum for 1 - p, which would cancel. */
+static void NAME(hess_lanes)(const ce_job *job, NAME(lanes) *l)
+{
+    for (int p = 0; p < l->padded; p += LANES) {
+        double h[LANES], inverse[LANES], least[LANES], others[LANES];
+        REAL top[LANES];
+        for (int i = 0; i < LANES; i++) {
+            h[i] = l->a[p + i] * l->scale[p + i];
+            inverse[i] = l->inverse[p + i];
+            least[i] = l->t[p + i] < 0 ? 0 : job->floor;
+            others[i] = top[i] = 0;
+        }
+        for (int64_t c = 0; c < job->n_classes; c++)
+#pragma GCC ivdep
+            for (int i = 0; i < LANES; i++) {
+                REAL e = l->x[c * PITCH + p + i];
+                others[i] += (double)(e > top[i] ? top[i] : e);
+                top[i] = e > top[i] ? e : top[i];
+            }
+        for (int64_t c = 0; c < job->n_classes; c++)
+#pragma GCC ivdep
+            for (int i = 0; i < LANES; i++) {
+                REAL e = l->x[c * PITCH + p + i];
+                double q = (double)e * inverse[i], v = h[i] * q * (e == top[i] ? others[i] * inverse[i] : 1 - q);
+                l->x[c * PITCH + p + i] = (REAL)(v < least[i] ? least[i] : v);
+            }
+    }
+    for (int p = 0; p < l->n; p++)
+        if (l->t[p] >= 0) {
+            double v = l->a[p] * l->scale[p] * l->p[p] * l->q[p];
+            l->x[l->t[p] * PITCH + p] = (REAL)(v < job->floor ? job->floor : v);
+        }
 }
 
 /* K = 2 at temperature 1: nll = softplus(d), 1 - p = sigmoid(d) of d = x_other - x_t, exact to twice the digits of REAL */

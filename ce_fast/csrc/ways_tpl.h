@@ -17,7 +17,9 @@ typedef enum { CE_ONE_BY_ONE, CE_CLASS_MAJOR, CE_ALONG_ROWS } ce_way;
 static ce_way NAME(way)(const ce_job *job)
 {
     const ce_array *x = &job->logits;
-    if (!job->target || job->soft.data || job->left_out || job->hess.data || job->lse || !job->n_outer)
+    if (!job->target || job->soft.data || job->left_out || job->lse || !job->n_outer)
+        return CE_ONE_BY_ONE;
+    if (job->hess.data && job->n_classes > CE_FEW)
         return CE_ONE_BY_ONE;
     if (job->off != 0 || job->softcap != 0 || job->emit == CE_LOG_SOFTMAX || job->rule > CE_GENERALIZED)
         return CE_ONE_BY_ONE;
@@ -105,11 +107,24 @@ static void NAME(write_tiles)(const ce_job *job, NAME(lanes) *l)
     }
 }
 
+/* The Hessian, in a pass of its own with exp taken again: 50,000 rows of 7 take 0.9 ms with their gradient, one by one 45. */
+static void NAME(write_hess_lanes)(const ce_job *job, NAME(lanes) *l)
+{
+    for (int p = 0; p < l->padded; p++)
+        l->scale[p] = job->hess_scale;
+    for (int p = 0; p < l->n && job->upstream; p++)
+        l->scale[p] *= l->t[p] < 0 ? 0 : job->upstream[l->first + p];
+    NAME(load_lanes)(job, 0, job->n_classes, l);
+    NAME(add_exp)(job, 0, job->n_classes, l, l->x, PITCH, (const char *)l->x, 0, 0, 1);
+    NAME(hess_lanes)(job, l);
+    NAME(each_class)(job, &job->hess, 0, job->n_classes, l, 1);
+}
+
 /* Rows [first, first + n), n <= batch; 0 if one of them is out of the ordinary, and nothing has been written. */
 static int NAME(run_lanes)(const ce_job *job, ce_way way, int64_t first, int n, NAME(lanes) *l, ce_tally *tally)
 {
     int gradient = job->emit == CE_GRADIENT, plain = job->rule == CE_CROSS_ENTROPY && job->z_loss == 0;
-    int pair = job->n_classes == 2 && job->temperature.value == 1 && plain;
+    int pair = job->n_classes == 2 && job->temperature.value == 1 && plain && !job->hess.data;
     l->first = first;
     l->n = n;
     l->only_sum = REAL_IS_FLOAT && plain && !pair && !job->loss && !job->weight && !job->sample_weight;
@@ -146,6 +161,8 @@ static int NAME(run_lanes)(const ce_job *job, ce_way way, int64_t first, int n, 
     } else if (gradient) {
         NAME(write_tiles)(job, l);
     }
+    if (job->hess.data)
+        NAME(write_hess_lanes)(job, l);
     return 1;
 }
 
