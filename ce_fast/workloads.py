@@ -324,7 +324,7 @@ def make_probabilities(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     return probabilities, rng.permutation(shape[0]) % shape[1]
 
 
-def _log_loss(shape: Shape, n_threads: int) -> Calls:
+def _log_loss(shape: Shape, n_threads: int, *, strings: bool = False) -> Calls:
     if not installed("sklearn"):
         return {}
     from sklearn.metrics import log_loss
@@ -332,6 +332,7 @@ def _log_loss(shape: Shape, n_threads: int) -> Calls:
     from ce_fast.adapters import sklearn as adapter
 
     probabilities, labels = make_probabilities(shape)
+    labels = np.char.add("class ", labels.astype(str)) if strings else labels
     return {OURS: partial(adapter.log_loss, labels, probabilities), SKLEARN: partial(log_loss, labels, probabilities)}
 
 
@@ -446,6 +447,10 @@ WORKLOADS = (
         (Peer(TORCH), Peer(CHUNKED)),
     ),
     Workload("log-loss", "log_loss, float64", SHORT, _log_loss, (Peer(SKLEARN, 25, 60),)),
+    Workload(
+        "strings", "log_loss, labels are strings", SHORT, partial(_log_loss, strings=True), (Peer(SKLEARN, 5, 10),)
+    ),
+    Workload("fold", "log_loss of a small fold", (1000, 3), _log_loss, (Peer(SKLEARN, 10, 30),)),
     Workload("multinomial", "loss and gradient, float64", (100_000, 100), _multinomial, (Peer(SKLEARN, 5, 10),)),
     *(
         Workload(
