@@ -183,9 +183,11 @@ class SoftmaxObjective(_Objective):
     Both libraries start from other raw scores with an objective of their own than with a custom one, which starts at
     one constant: set ``base_score`` (XGBoost) or ``boost_from_average=False`` (LightGBM) to compare.
 
-    Of XGBoost's models, XGBClassifier predicts labels and probabilities; `xgboost.train` does with
-    ``"objective": "multi:softprob"`` beside ``obj=``. LightGBM's predict raw scores, LGBMClassifier too:
-    `probabilities` turns them into probabilities, and their largest is the label.
+    Of XGBoost's models, XGBClassifier predicts labels and probabilities, and that of `xgboost.train` probabilities
+    with ``"objective": "multi:softprob"`` beside ``obj=``. Those of LightGBM predict raw scores, by ``predict`` and
+    ``predict_proba`` of LGBMClassifier too: `probabilities` turns them into probabilities, the largest of which is
+    that of the label ``model.classes_[...]``. In a grid search score them by
+    ``make_cross_entropy_scorer(response_method="decision_function")`` of `ce_fast.adapters.sklearn`.
 
     Examples
     --------

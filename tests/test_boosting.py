@@ -592,9 +592,9 @@ rng = np.random.default_rng(0)
 X, y = rng.standard_normal((20000, 5)), rng.integers(0, 7, 20000)
 import {host} as host
 if "{host}" == "xgboost":
-    host.train({{"num_class": 7, "nthread": 2}}, host.DMatrix(X, y), 2, obj=SoftmaxObjective(n_threads=2))
+    host.train({{"num_class": 7, "nthread": 1}}, host.DMatrix(X, y), 2, obj=SoftmaxObjective(n_threads=2))
 else:
-    host.train({{"objective": SoftmaxObjective(n_threads=2), "num_class": 7, "verbosity": -1, "num_threads": 2}},
+    host.train({{"objective": SoftmaxObjective(n_threads=2), "num_class": 7, "verbosity": -1, "num_threads": 1}},
                host.Dataset(X, y), 2)
 child = os.fork()
 if child == 0:
