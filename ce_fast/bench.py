@@ -151,7 +151,7 @@ def measure_memory(workload: Workload, shape: Shape | None = None) -> list[Memor
 
 # --- The report -------------------------------------------------------------------------------------------------------
 
-DISTRIBUTIONS = ("numpy", "torch", "scikit-learn", "numba", "jax", "ml_dtypes")
+DISTRIBUTIONS = ("numpy", "torch", "scikit-learn", "numba", "jax", "ml_dtypes", "xgboost", "xgboost-cpu", "lightgbm")
 HEADER = ("name", "work", "ours ms", "ns/logit", "peer", "peer ms", "ratio", "bar", "goal", "")
 MEMORY_HEADER = ("name", "memory beyond input and results", "ours MiB", "peer", "peer MiB", "ratio", "bar", "goal", "")
 LEFT = {"name", "work", MEMORY_HEADER[1], "peer", ""}  # the others are numbers
