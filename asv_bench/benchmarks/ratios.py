@@ -1,5 +1,6 @@
 """How many times as long as ours a peer takes, and as much memory: the lines of `python -m ce_fast.bench`."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ PAIRS = {f"{w.name} / {peer.name}": (w, peer.name) for w in workloads.WORKLOADS 
 MEMORY = {
     f"{w.name} / {bar.peer}": (replace(w, memory=(bar,)), bar.peer) for w in workloads.WORKLOADS for bar in w.memory
 }
+REPEATS = int(os.environ.get("CE_FAST_REPEATS", "5"))  # turns for each; asv's --quick does not reach `track_`
 
 
 class Ratio:
@@ -28,7 +30,7 @@ class Ratio:
 
     def track_ratio(self, pair):
         with measure.torch_threads(self.n_threads):
-            seconds = measure.medians(self.calls, repeats=5)
+            seconds = measure.medians(self.calls, repeats=REPEATS)
         return seconds[self.peer] / seconds[workloads.OURS]
 
 

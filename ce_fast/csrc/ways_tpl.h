@@ -7,6 +7,7 @@
 #define CE_FEW (REAL_IS_FLOAT ? 96 : 32) /* classes of a row that is transposed */
 #define CE_SHORT 3072                    /* classes of a row that goes along with others */
 #define CE_SCRATCH (1 << 14)             /* bytes of short rows at a time, in L1 */
+#define CE_WAITS 2048                    /* bytes of a row whose gradient waits for the next rows */
 typedef enum { CE_ONE_BY_ONE, CE_CLASS_MAJOR, CE_ALONG_ROWS } ce_way;
 #endif
 #include "lanes_tpl.h"
@@ -39,15 +40,31 @@ static int NAME(batch)(const ce_job *job, ce_way way)
     return rows < LANES ? LANES : rows > ROWS ? ROWS : (int)rows;
 }
 
+/* Where the gradients of rows are put together: of short ones behind the rows, so that they can wait there while the next
+   rows are computed (8 % less time for 100 classes of double, 3 % for 300 of float; 5 % more for 1000). */
+static int64_t NAME(pack_offset)(const ce_job *job, ce_way way)
+{
+    int waits = way == CE_ALONG_ROWS && job->n_classes * (int64_t)sizeof(REAL) <= CE_WAITS;
+    return waits ? NAME(batch)(job, way) * NAME(pitch)(job) : 0;
+}
+
+/* rows one by one need a reference for each tile */
+static size_t NAME(references_size)(const ce_job *job)
+{
+    size_t n_tiles = (size_t)((job->n_classes + CE_TILE - 1) / CE_TILE);
+    return (n_tiles * sizeof(ce_reference) + 63) & ~(size_t)63;
+}
+
+/* those, and lanes */
 static size_t NAME(scratch)(const ce_job *job)
 {
     ce_way way = NAME(way)(job);
     int64_t classes = job->n_classes < CE_CLASSES ? job->n_classes : CE_CLASSES, elements = 0;
     if (way != CE_ONE_BY_ONE)
         elements = way == CE_CLASS_MAJOR ? classes * (PITCH + ROWS) : NAME(batch)(job, way) * NAME(pitch)(job);
+    elements += NAME(pack_offset)(job, way);
     size_t lanes = sizeof(NAME(lanes)) + (size_t)elements * sizeof(REAL);
-    size_t tiles = (size_t)((job->n_classes + CE_TILE - 1) / CE_TILE) * sizeof(ce_reference);
-    return ((lanes > tiles ? lanes : tiles) + 63) & ~(size_t)63;
+    return NAME(references_size)(job) + ((lanes + 63) & ~(size_t)63);
 }
 
 /* The address of the next tile's logits, to be fetched meanwhile. Any address will do, so not all layouts need be right. */
@@ -170,7 +187,9 @@ static void NAME(rows)(const ce_job *job, int64_t first, int64_t last, void *scr
 {
     ce_way way = NAME(way)(job);
     int batch = NAME(batch)(job, way), look = 0;
-    NAME(lanes) *l = scratch;
+    NAME(lanes) *l = (void *)((char *)scratch + NAME(references_size)(job));
+    l->pack = l->x + NAME(pack_offset)(job, way);
+    l->left = 0;
     for (int64_t i = first; i < last;) {
         ce_tally again = {{0, 0}, {0, 0}, 0, -1}, *of_row = way == CE_ONE_BY_ONE ? tally : &again;
         int64_t end = way == CE_ONE_BY_ONE || last - i < batch ? last : i + batch;
@@ -183,6 +202,7 @@ static void NAME(rows)(const ce_job *job, int64_t first, int64_t last, void *scr
         for (; i < end; i++)
             ce_add(&tally->loss, NAME(run_row)(job, i, scratch, of_row));
     }
+    NAME(stream_on)(l, l->left);
     ce_flush();
 }
 #undef ROWS
