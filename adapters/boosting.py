@@ -262,7 +262,10 @@ class SoftmaxObjective(_Objective):
 
     def probabilities(self, y_pred) -> np.ndarray:
         """Probabilities of raw scores of shape (n_samples, n_classes), in that shape."""
-        return softmax(y_pred)
+        scores = inputs.as_float_array(y_pred, "y_pred")
+        if scores.ndim != 2:
+            raise ValueError(f"y_pred has shape {scores.shape}; expected (n_samples, n_classes)")
+        return softmax(scores)
 
 
 @dataclass(frozen=True)

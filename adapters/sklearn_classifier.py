@@ -63,7 +63,8 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         T, 2.0 by default. Only with `teacher_logits`.
     fit_intercept : bool, default=True
     tol : float, default=1e-4
-        The fit ends when no element of the gradient is larger.
+        The fit ends when no element of the gradient is larger, or the objective falls by less than 64 units in its last
+        place.
     max_iter : int, default=100
     warm_start : bool, default=False
         Whether to start from the coefficients of the last fit.
@@ -85,8 +86,8 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
 
     Notes
     -----
-    X is a dense array or CSR, float64 or float32, and computed in its dtype. Rows are taken in blocks, logits and
-    gradient in one buffer: beside X, a fit needs memory for a block and for some dozens of gradients.
+    X is a C-ordered array or CSR, float64 or float32 (all else is copied), and computed in its dtype. Rows are taken in
+    blocks, logits and gradient in one buffer: beside X, a fit needs memory for a block and some dozens of gradients.
 
     References
     ----------
@@ -219,7 +220,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         if distilled:
             return DistillationLoss(**given, **options)
         if given:
-            raise ValueError(f"{' and '.join(given)} given without teacher_logits; expected both, or neither")
+            raise ValueError(f"{' and '.join(given)} given without teacher_logits, which fit takes; expected them too")
         return FocalLoss(gamma=self.gamma, **options) if self.gamma else CrossEntropyLoss(**options)
 
     def _start(self, X) -> np.ndarray:

@@ -11,7 +11,6 @@ from sklearn.utils import check_array, column_or_1d
 from ce_fast import backends, inputs, threads
 from ce_fast.plan import MOST_THREADS
 
-RESPONSE_METHODS = ("predict_proba", "predict_log_proba", "decision_function")
 FLOATS = (np.float64, np.float32, np.float16)  # what scikit-learn keeps; all else it reads as float64
 EPS = {np.dtype(kind): float(np.finfo(kind).eps) for kind in FLOATS}
 
@@ -107,7 +106,8 @@ def read_classes(values, name: str) -> Classes:
 def with_others(classes: Classes, labels: Labels) -> Classes:
     """The classes, and after them the labels that are none of them; of another kind of label none is taken."""
     if isinstance(labels, Strings) and isinstance(classes, list):
-        return classes + [name for name in labels.names if name not in set(classes)]
+        seen = set(classes)
+        return classes + [name for name in labels.names if name not in seen]
     if isinstance(labels, Strings) or isinstance(classes, list):
         return classes
     return np.append(classes, np.setdiff1d(classes_in(labels), classes))
@@ -197,12 +197,13 @@ def read_class_weight(class_weight) -> dict[Any, float] | str | None:
     }
 
 
-def weight_of_each(classes: Classes, class_weight: Mapping[Any, float] | None) -> np.ndarray | None:
+def weight_of_each(classes: Classes, class_weight: Mapping[Any, float] | None, unseen: bool) -> np.ndarray | None:
+    """The weights in the order of the classes; others may be given if labels may be unseen, or no class lacks one."""
     if class_weight is None:
         return None
     names = plain(classes)
     strange = [label for label in class_weight if label not in names]
-    if strange and not all(label in class_weight for label in names):  # a slip rather than a class this fold lacks
+    if strange and not unseen and not all(label in class_weight for label in names):  # a slip
         raise ValueError(f"class_weight has the label {strange[0]!r}; the estimator's classes are {shown(classes)}")
     return np.array([class_weight.get(label, 1.0) for label in names])
 
@@ -239,12 +240,8 @@ def log_of_probabilities(y_proba, classes: Classes, name: str) -> np.ndarray:
     check_unit_interval(proba)
     if one_column(proba, classes, name):
         proba = two_columns(proba, 1 - proba)
-    return np.log(_clip(proba))
-
-
-def _clip(proba: np.ndarray) -> np.ndarray:
-    eps = np.finfo(proba.dtype).eps
-    return np.clip(proba, eps, 1 - eps)
+    eps = EPS[proba.dtype]
+    return np.log(np.clip(proba, eps, 1 - eps))
 
 
 def check_unit_interval(proba: np.ndarray) -> None:

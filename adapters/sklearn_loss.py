@@ -13,7 +13,7 @@ import numpy as np
 from sklearn.metrics import log_loss as _host_log_loss
 from sklearn.utils import check_consistent_length
 
-from ce_fast import backends, threads
+from ce_fast import backends, inputs, threads
 from ce_fast.adapters.sklearn_inputs import (
     EPS,
     Columns,
@@ -209,7 +209,7 @@ def clipped_loss(
 def warn_unless(sums_to_one: bool) -> None:
     if not sums_to_one:
         message = "The y_prob values do not sum to one. Make sure to pass probabilities."
-        warnings.warn(message, UserWarning, stacklevel=3)
+        inputs.warn(message)
 
 
 def not_nan(loss: float, name: str) -> float:

@@ -14,6 +14,7 @@ from ce_fast.adapters.sklearn_inputs import (
     Classes,
     Columns,
     check_not_all_zero,
+    check_unit_interval,
     encode,
     log_of_probabilities,
     numbers,
@@ -151,7 +152,7 @@ class _CrossEntropyScorer:
     def _class_weight(self, known: Classes, n_classes: int, columns: Columns, weights) -> np.ndarray | None:
         """The weight of each label, unseen ones last."""
         if self.class_weight != "balanced":
-            return weight_of_each(known, self.class_weight)
+            return weight_of_each(known, self.class_weight, self.unseen != "raise")
         mass = np.bincount(numbers(columns), weights, len(known)).astype(float)
         if self.unseen == "ignore":
             mass[n_classes:] = 0
@@ -175,6 +176,9 @@ class _CrossEntropyScorer:
 
     def _mean_with_unseen(self, method, response, columns, classes, weights, class_weight) -> float:
         """The mean over rows of which some have a label without a column."""
+        one_column(response, classes, method)
+        if method == "predict_proba":
+            check_unit_interval(response)
         codes = numbers(columns)
         seen = codes < len(classes)
         weight_of_row = np.ones(len(codes)) if weights is None else weights.astype(float)

@@ -130,7 +130,8 @@ def _quantiles(values: np.ndarray, weight: np.ndarray, n: int) -> np.ndarray:
         return np.empty(0)
     order = np.argsort(values)
     mass = np.cumsum(weight[order])
-    return values[order[np.searchsorted(mass, np.arange(1, n) * mass[-1] / n)]]
+    edges = np.arange(1, n) * (mass[-1] / n) * (1 - 1e-12)  # sums of equal weights that round do not pass an edge
+    return values[order[np.searchsorted(mass, edges)]]
 
 
 def calibration_error(
@@ -311,8 +312,8 @@ def fit_temperature(logits, target, *, sample_weight=None, ignore_index=-100, cl
         following = min(max(position + step, -MOST_LOG_T), MOST_LOG_T)
         if following == position:
             raise ValueError("the mean cross-entropy has no least value at temperatures from 1e-30 to 1e30")
-        if slope(following) * slope(position) <= 0:
-            return math.exp(brentq(slope, position, following))
+        if np.sign(slope(following)) != np.sign(slope(position)):
+            return math.exp(brentq(slope, position, following, xtol=1e-15))
         position, step = following, 2 * step
 
 
@@ -332,7 +333,9 @@ def _least_temperature(logits: Logits, target: np.ndarray, weight: np.ndarray, c
                 row = np.unravel_index(numbers[np.argmax(bad)], logits.outer_shape)
                 raise ValueError(f"logits of row [{', '.join(map(str, row))}] {what}")
         cold += weight[numbers] @ (top - own)
-        hot += weight[numbers] @ ((x - top[:, None]).mean(1) - (own - top))
+        there = ~np.isneginf(x)  # masked classes have no part in any temperature's softmax
+        below = np.where(there, x - top[:, None], 0).sum(1) / there.sum(1)
+        hot += weight[numbers] @ (below - (own - top))
     if cold == 0:
         raise ValueError(
             "every target has the largest logit of its row: the loss falls as the temperature goes to 0, and none is "

@@ -103,16 +103,19 @@ def warn_if_probabilities(logits: Logits) -> None:
         with np.errstate(all="ignore"):
             if not (row.min() >= 0 and row.max() < 1 and abs(float(row.sum(dtype=np.float64)) - 1) <= slack):
                 return
+    warn(
+        "logits look like probabilities: rows are non-negative and sum to 1. Losses of logits apply softmax "
+        "themselves; pass the logits, or the logarithms of the probabilities. If these are logits, silence this by "
+        "warnings.filterwarnings('ignore', message='logits look like probabilities')"
+    )
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the line that called the package."""
     depth, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "ce_fast":
         depth, frame = depth + 1, frame.f_back
-    warnings.warn(
-        "logits look like probabilities: rows are non-negative and sum to 1. Losses of logits apply softmax "
-        "themselves; pass the logits, or the logarithms of the probabilities. If these are logits, silence this by "
-        "warnings.filterwarnings('ignore', message='logits look like probabilities')",
-        UserWarning,
-        stacklevel=depth,
-    )
+    warnings.warn(message, UserWarning, stacklevel=depth)
 
 
 def check_class_axis(class_axis):

@@ -217,6 +217,11 @@ def test_probabilities_are_those_of_both_classes_or_all(rng):
     np.testing.assert_array_equal(p[:, 0], SigmoidObjective().probabilities(-z)[:, 1])
 
 
+def test_flat_scores_have_no_probabilities():
+    with pytest.raises(ValueError, match=r"y_pred has shape \(6,\); expected \(n_samples, n_classes\)"):
+        SoftmaxObjective().probabilities(np.zeros(6))
+
+
 @pytest.mark.parametrize("n_classes", [1, 2, 7, 32, 33, 97])
 @pytest.mark.parametrize("loss", [ce.CrossEntropyLoss(reduction="sum"), ce.FocalLoss(reduction="sum", gamma=1.5)])
 def test_hessians_of_many_rows_are_those_of_each(variant, dtype, loss, n_classes, rng):

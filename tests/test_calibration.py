@@ -172,6 +172,17 @@ def test_confidences_on_an_edge_are_in_the_bin_under_it():
     assert calibration_error([[800.0, 0.0]], [0]) == 0 and calibration_error([[800.0, 0.0]], [1]) == 1
 
 
+@pytest.mark.parametrize("n_bins", [3, 5, 10])
+@pytest.mark.parametrize("weight", [0.1, 0.3, 1 / 40])
+def test_equal_weights_are_no_weights_to_quantile_bins(weight, n_bins):
+    confidence = np.linspace(0.51, 0.99, 40)
+    logits = np.c_[np.log(confidence / (1 - confidence)), np.zeros(40)]
+    target, options = (np.arange(40) % 3 == 0).astype(int), {"strategy": "quantile", "n_bins": n_bins}
+    expected = calibration_error(logits, target, **options)
+    actual = calibration_error(logits, target, sample_weight=np.full(40, weight), **options)
+    assert actual == pytest.approx(expected, rel=1e-12)
+
+
 def test_equal_confidences_share_a_quantile_bin():
     confidence = np.array([0.5, 0.5, 0.5, 0.5, 0.7, 0.8])[:, None]
     bins = Binning(3, "quantile", "class_wise").bins(confidence, np.zeros(6, int), np.ones(6))
@@ -398,6 +409,28 @@ def test_rows_that_do_not_count_have_no_say_in_the_temperature(rng):
     copies = np.repeat(np.arange(200), doubled.astype(int))
     again = fit_temperature(logits[copies], target[copies])
     assert fit_temperature(logits, target, sample_weight=doubled) == pytest.approx(again, rel=1e-10)
+
+
+@pytest.mark.parametrize("target", [[1, 0], [1, 1]])
+def test_masked_classes_do_not_make_a_temperature_where_there_is_none(target):
+    logits = np.array([[2.0, 0.0], [2.0, 0.0]])
+    for those in (logits, np.c_[logits, [-np.inf] * 2]):
+        with pytest.raises(ValueError, match="rises without end"):
+            fit_temperature(those, target)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 0.1, 1e300])
+def test_the_unit_of_the_weights_does_not_matter_to_the_temperature(scale, rng):
+    logits, target = drawn(rng, 50, 3, 2.0)
+    expected = fit_temperature(logits, target)
+    assert fit_temperature(logits, target, sample_weight=np.full(50, scale)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("hits, of, margin", [(3, 4, 4.0), (9, 10, 0.3), (51, 100, 7.0)])
+def test_the_temperature_of_one_margin_is_known_to_the_last_digits(hits, of, margin):
+    expected = margin / np.log(hits / (of - hits))
+    found = fit_temperature([[margin, 0.0]] * of, (np.arange(of) >= hits).astype(int))
+    assert found == pytest.approx(expected, rel=4e-15 * max(1, expected**2))
 
 
 def test_masked_classes_do_not_matter(rng):

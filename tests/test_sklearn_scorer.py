@@ -451,6 +451,36 @@ def test_a_score_of_nothing_but_unseen_labels():
             clip(model, p, y)
 
 
+@pytest.mark.parametrize("unseen", ["clip", "ignore"])
+def test_weights_of_labels_that_may_be_unseen_are_taken_whether_or_not_a_fold_holds_them(unseen):
+    y, p, _ = sample(0, 30, 2)
+    model = Fixed([0, 1]).fit(p)
+    weighted, plain = (make_cross_entropy_scorer(unseen=unseen, class_weight=w) for w in ({2: 5.0}, None))
+    assert weighted(model, p, y) == pytest.approx(plain(model, p, y), rel=1e-14)
+    with_one = np.where(np.arange(30) == 7, 2, y)
+    clipped = -np.log(np.finfo(float).eps)
+    rest = plain(model, np.delete(p, 7, 0), np.delete(y, 7))
+    expected = rest if unseen == "ignore" else (29 * rest - 5 * clipped) / 34
+    assert weighted(model, p, with_one) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("unseen", ["clip", "ignore"])
+def test_answers_for_unseen_labels_are_checked_too(unseen):
+    scorer = make_cross_entropy_scorer(unseen=unseen)
+    with pytest.raises(ValueError, match=r"predict_proba has shape \(3, 7\); expected \(n_samples, 3\)"):
+        scorer(Fixed([0, 1, 2], np.full((3, 7), 1 / 7)).fit(None), None, [0, 5, 6])
+    for wrong in (9.0, -0.1):
+        with pytest.raises(ValueError, match="expected 0 <= y_proba <= 1"):
+            scorer(Fixed([0, 1], np.array([[0.5, 0.5], [wrong, 0.5]])).fit(None), None, [0, 6])
+
+
+def test_a_scorers_warning_points_at_the_caller():
+    y, p, _ = sample(0, 30, 3)
+    with pytest.warns(UserWarning, match="do not sum to one") as caught:
+        neg_cross_entropy_scorer(Fixed([0, 1, 2]).fit(p), p * 0.9, y)
+    assert caught[0].filename == __file__
+
+
 def test_a_search_with_a_missing_class_weights_two_jobs_and_many_metrics_is_a_loop_by_hand(routing):
     rng = np.random.default_rng(0)
     X, y = noisy_iris(3)

@@ -37,6 +37,8 @@ typedef struct {
    waits for them. */
 CE_INLINE void NAME(stream_on)(NAME(lanes) *l, int64_t size)
 {
+    if (!l->left)
+        return;
     int64_t whole = size + (int64_t)(-(uintptr_t)(l->to + size) & 63), n = whole < l->left ? whole : l->left;
     ce_stream(l->to, l->from, n);
     l->to += n;
