@@ -17,6 +17,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from ce_fast import inputs
 from ce_fast.adapters.numpy import log_softmax, softmax
+from ce_fast.adapters.sklearn_inputs import two_columns
 from ce_fast.distillation import DistillationLoss
 from ce_fast.losses import CrossEntropyLoss, FocalLoss
 
@@ -381,7 +382,7 @@ def _read_teacher(teacher_logits, n_rows: int, classes: np.ndarray) -> np.ndarra
 
 def _two_columns(scores: np.ndarray) -> np.ndarray:
     """A column z as (0, z)."""
-    return scores if scores.ndim == 2 else np.stack([np.zeros_like(scores), scores], axis=1)
+    return scores if scores.ndim == 2 else two_columns(scores, np.zeros_like(scores))
 
 
 def _printer():
