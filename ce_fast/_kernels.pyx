@@ -6,6 +6,7 @@ shape, and kept alive during the call.
 """
 from cython.parallel cimport prange, threadid
 from cpython.pycapsule cimport PyCapsule_New
+from libc.math cimport fabs
 from libc.stdint cimport INT64_MAX, INT64_MIN, int32_t, int64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
@@ -365,8 +366,8 @@ def small_call(int isa, cnp.ndarray logits, cnp.ndarray target, int64_t ignore_i
     cdef ce_tally tally = [[0, 0], [0, 0], 0, -1]
     cdef int kind = cnp.PyArray_TYPE(logits), index = cnp.PyArray_TYPE(target)
     cdef bint wide = kind == cnp.NPY_FLOAT64
-    cdef int64_t n, k, size = 8 if wide else 4
-    cdef double first, last
+    cdef int64_t n, k, i, size = 8 if wide else 4
+    cdef double first, last, total = 0
     cdef char *x
     cdef void *scratch
     cdef cnp.ndarray grad = None
@@ -382,8 +383,11 @@ def small_call(int isa, cnp.ndarray logits, cnp.ndarray target, int64_t ignore_i
     x = <char *>cnp.PyArray_DATA(logits)
     first = (<double *>x)[0] if wide else (<float *>x)[0]
     last = (<double *>x)[n * k - 1] if wide else (<float *>x)[n * k - 1]
-    if 0 <= first <= 1 and 0 <= last <= 1:  # they may be probabilities
-        return None
+    if 0 <= first <= 1 and 0 <= last <= 1:
+        for i in range(k):
+            total += (<double *>x)[i] if wide else (<float *>x)[i]
+        if fabs(total - 1) <= 2e-3:  # they may be probabilities
+            return None
     memset(&view, 0, sizeof(view))
     view.n_rows, view.n_classes, view.n_outer = n, k, 1
     view.outer_shape[0] = n

@@ -17,10 +17,8 @@ typedef struct {
     int all;       /* all of them count */
     int only_sum;  /* of the losses is asked for, not each */
     int look;      /* at all classes for the reference: the first ones did not do for rows before */
-    REAL *pack;    /* gradients are put together here, and some wait to be streamed while the next rows are computed: */
-    char *to;      /* where what is left of them belongs, */
-    const char *from; /* where it is, */
-    int64_t left;     /* and its bytes */
+    REAL *pack;    /* gradients are put together here, */
+    ce_waiting waiting; /* and some are streamed while the next rows are computed */
     _Alignas(64) SINT t[ROWS]; /* the target; -1: the row does not count. All arrays whole cache lines: a vector across two
                                   takes twice as long */
     REAL x_t[ROWS], ref[ROWS]; /* of the target; the n of the reference */
@@ -32,19 +30,6 @@ typedef struct {
     double loss[ROWS], a[ROWS], g_t[ROWS]; /* of the rule, times s; the gradient is a p_k, but g_t at the target */
     _Alignas(64) REAL x[]; /* (classes, PITCH) or rows: logits, then exponentials, then gradients */
 } NAME(lanes);
-
-/* Some more of what waits goes, whole lines unless it ends. Some ten lines may be on their way at once, then the processor
-   waits for them. */
-CE_INLINE void NAME(stream_on)(NAME(lanes) *l, int64_t size)
-{
-    if (!l->left)
-        return;
-    int64_t whole = size + (int64_t)(-(uintptr_t)(l->to + size) & 63), n = whole < l->left ? whole : l->left;
-    ce_stream(l->to, l->from, n);
-    l->to += n;
-    l->from += n;
-    l->left -= n;
-}
 
 /* the sum of a value of each lane, in a fixed order */
 CE_INLINE double NAME(over_lanes)(const double *value, int padded)

@@ -26,18 +26,21 @@ CE_INLINE REAL NAME(largest)(const REAL *x, int64_t n)
     return max[0];
 }
 
-/* exp(x - m) to e, which may be x, of n >= STEP elements; of what is above `most`, exp(most - m). Meanwhile comes into the
-   cache what will be read next, elements of `size` bytes. */
+/* exp(x - m) to e, which may be x, of n >= STEP elements; of what is above `most`, exp(most - m). Between, a line at a time,
+   what will be read is fetched, elements of `size` bytes, and what waits is streamed: a row's lines together filled all
+   the buffers between core and memory, and each waited for the one before (6 % of the time). */
 CE_INLINE void NAME(short_exp)(const REAL *x, REAL *e, int64_t n, REAL most, NAME(exp_args) args, const char *ahead,
-                               int64_t size)
+                               int64_t size, ce_waiting *waiting)
 {
+    ce_waiting w = *waiting;
     REAL tail[STEP];
     for (int l = 0; l < STEP; l++) {
         REAL z = x[n - STEP + l];
         tail[l] = NAME(exp)(z > most ? most : z, args);
     }
     for (int64_t k = 0; k + STEP <= n; k += STEP) {
-        __builtin_prefetch(ahead + k * size);
+        __builtin_prefetch(ahead + k * size, 0, 2); /* to L2: a row is read in two batches from now */
+        ce_stream_line(&w);
 #pragma GCC ivdep
         for (int l = 0; l < STEP; l++) {
             REAL z = x[k + l];
@@ -46,6 +49,7 @@ CE_INLINE void NAME(short_exp)(const REAL *x, REAL *e, int64_t n, REAL most, NAM
     }
     for (int l = 0; l < STEP; l++)
         e[n - STEP + l] = tail[l];
+    *waiting = w;
 }
 
 /* sum of n elements, whole lanes: a run of them in REAL, runs in double */
@@ -86,14 +90,14 @@ CE_INLINE const REAL *NAME(short_row)(const ce_job *job, const NAME(lanes) *l, i
 }
 
 /* exp(z - m) of row p, m = ref ln 2, to e */
-static void NAME(exp_of_row)(const ce_job *job, const NAME(lanes) *l, int p, const REAL *x, REAL *e)
+static void NAME(exp_of_row)(const ce_job *job, NAME(lanes) *l, int p, const REAL *x, REAL *e)
 {
     const ce_temperature *t = &job->temperature;
     REAL ln2 = (REAL)(t->ln2_high + t->ln2_low), most = (l->ref[p] + (CE_LEAD + CE_SLACK)) * ln2;
     NAME(exp_args) args = NAME(exp_of_lane)(NAME(exp_prepare)(0, 0, t), ln2, l->ref[p]);
-    int64_t next = l->first + p + l->padded; /* a row of the next batch */
+    int64_t next = l->first + p + 2 * l->padded;
     const char *ahead = job->logits.data + NAME(offset)(job, &job->logits, next < job->n_rows ? next : l->first);
-    NAME(short_exp)(x, e, job->n_classes, most, args, ahead, job->logits.class_stride);
+    NAME(short_exp)(x, e, job->n_classes, most, args, ahead, job->logits.class_stride, &l->waiting);
 }
 
 /* exp(z - m) of the rows and their sums without the target; 0 if a row is out of the ordinary. The reference is taken from a
@@ -105,25 +109,24 @@ static int NAME(sum_rows)(const ce_job *job, NAME(lanes) *l)
     const ce_temperature *t = &job->temperature;
     REAL limit = (REAL)(CE_BASE_LIMIT * t->value), log2e = (REAL)t->log2e, ln2 = (REAL)(t->ln2_high + t->ln2_low);
     const REAL *rows[ROWS];
-    int looked = l->look, first = REAL_IS_FLOAT && n >= 4 * STEP ? 4 * STEP : STEP; /* float's range is narrow */
+    int looked = l->look, first = n >= 4 * STEP ? 4 * STEP : STEP;
     REAL max[ROWS];
     for (int p = 0; p < l->padded; p++) {
         REAL *e = l->x + p * pitch;
         for (int64_t k = n; k < pitch && l->t[p] >= 0; k++)
             e[k] = 0;
         rows[p] = l->t[p] < 0 ? NULL : NAME(short_row)(job, l, p, e);
-        max[p] = rows[p] ? NAME(largest)(rows[p], rows[p] == e || l->look ? n : first) : 0;
+        int all = rows[p] == e || l->look, one = !REAL_IS_FLOAT && !all; /* the range of double is wide: 4 % of the time */
+        max[p] = !rows[p] ? 0 : one ? rows[p][0] : NAME(largest)(rows[p], all ? n : first);
         l->x_t[p] = rows[p] ? rows[p][l->t[p]] : 0;
     }
     for (int p = 0; p < l->padded; p++) {
         l->ref[p] = NAME(round)(max[p] * log2e) - CE_LEAD;
         l->rest[p] = l->lost[p] = 0;
     }
-    for (int p = 0; p < l->padded; p++) {
+    for (int p = 0; p < l->padded; p++)
         if (rows[p])
             NAME(exp_of_row)(job, l, p, rows[p], l->x + p * pitch);
-        NAME(stream_on)(l, n * (int64_t)sizeof(REAL));
-    }
     for (int p = 0; p < l->padded; p++)
         if (rows[p])
             l->x[p * pitch + l->t[p]] = 0;
@@ -154,7 +157,7 @@ static void NAME(write_rows)(const ce_job *job, NAME(lanes) *l)
     int64_t n = job->n_classes, size = n * (int64_t)sizeof(REAL);
     int contiguous = job->out.dtype == REAL_DTYPE && job->out.class_stride == sizeof(REAL);
     int packed = contiguous && job->n_outer == 1 && job->out.outer_stride[0] == size && NAME(streams)(job);
-    NAME(stream_on)(l, l->left);
+    ce_stream_rest(&l->waiting);
     for (int p = 0; p < l->n; p++) {
         char *out = job->out.data + NAME(offset)(job, &job->out, l->first + p);
         REAL *e = l->x + p * NAME(pitch)(job), *g = packed ? l->pack + p * n : contiguous ? (REAL *)out : e;
@@ -169,11 +172,11 @@ static void NAME(write_rows)(const ce_job *job, NAME(lanes) *l)
             NAME(store)(out, job->out.class_stride, job->out.dtype, n, g);
     }
     if (packed) {
-        l->to = job->out.data + l->first * size;
-        l->from = (const char *)l->pack;
-        l->left = l->n * size;
+        l->waiting = (ce_waiting){job->out.data + l->first * size, (const char *)l->pack, l->n * size};
         if (l->pack == l->x)
-            NAME(stream_on)(l, l->left);
+            ce_stream_rest(&l->waiting);
+        else
+            ce_stream_head(&l->waiting);
     }
 }
 #undef STEP

@@ -59,6 +59,52 @@ CE_INLINE void ce_stream(char *to, const char *from, int64_t n)
 #endif
 }
 
+/* what is still to be streamed */
+typedef struct {
+    char *to;
+    const char *from;
+    int64_t left; /* bytes */
+} ce_waiting;
+
+CE_INLINE void ce_stream_bytes(ce_waiting *w, int64_t n)
+{
+    ce_stream(w->to, w->from, n);
+    w->to += n;
+    w->from += n;
+    w->left -= n;
+}
+
+/* up to where a line begins */
+CE_INLINE void ce_stream_head(ce_waiting *w)
+{
+    int64_t head = (int64_t)(-(uintptr_t)w->to & 63);
+    ce_stream_bytes(w, head < w->left ? head : w->left);
+}
+
+/* a line, if a whole one is left; after the head */
+CE_INLINE void ce_stream_line(ce_waiting *w)
+{
+    if (w->left < 64)
+        return;
+#ifdef __AVX512F__
+    _mm512_stream_si512((void *)w->to, _mm512_loadu_si512(w->from));
+#elif defined(__SSE2__)
+    for (int i = 0; i < 64; i += 16)
+        _mm_stream_si128((__m128i *)(w->to + i), _mm_loadu_si128((const __m128i *)(w->from + i)));
+#else
+    memcpy(w->to, w->from, 64);
+#endif
+    w->to += 64;
+    w->from += 64;
+    w->left -= 64;
+}
+
+CE_INLINE void ce_stream_rest(ce_waiting *w)
+{
+    if (w->left)
+        ce_stream_bytes(w, w->left);
+}
+
 CE_INLINE void ce_flush(void)
 {
 #ifdef __SSE2__

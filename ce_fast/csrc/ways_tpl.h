@@ -189,7 +189,7 @@ static void NAME(rows)(const ce_job *job, int64_t first, int64_t last, void *scr
     int batch = NAME(batch)(job, way), look = 0;
     NAME(lanes) *l = (void *)((char *)scratch + NAME(references_size)(job));
     l->pack = l->x + NAME(pack_offset)(job, way);
-    l->left = 0;
+    l->waiting.left = 0;
     for (int64_t i = first; i < last;) {
         ce_tally again = {{0, 0}, {0, 0}, 0, -1}, *of_row = way == CE_ONE_BY_ONE ? tally : &again;
         int64_t end = way == CE_ONE_BY_ONE || last - i < batch ? last : i + batch;
@@ -202,7 +202,7 @@ static void NAME(rows)(const ce_job *job, int64_t first, int64_t last, void *scr
         for (; i < end; i++)
             ce_add(&tally->loss, NAME(run_row)(job, i, scratch, of_row));
     }
-    NAME(stream_on)(l, l->left);
+    ce_stream_rest(&l->waiting);
     ce_flush();
 }
 #undef ROWS
