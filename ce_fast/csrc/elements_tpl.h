@@ -186,7 +186,7 @@ CE_INLINE int NAME(each_element)(const NAME(element_tile) *t, const NAME(element
     const REAL *zs = t->in[CE_Z], *ys = t->in[CE_Y], *ws = t->in[CE_W], *pos_weights = t->in[CE_POS_WEIGHT];
     const REAL *ss = t->in[CE_S], *upstreams = t->in[CE_UPSTREAM];
     REAL *loss = t->loss, *grad = t->grad, *hess = t->hess;
-    SINT bad = 0;
+    UINT signs = 0;
 #pragma GCC ivdep
     for (int64_t k = 0; k < n; k++) {
         REAL s = weighted ? ss[k] : 1, w = weighted ? ws[k] * s : 1;
@@ -204,7 +204,10 @@ CE_INLINE int NAME(each_element)(const NAME(element_tile) *t, const NAME(element
             r = NAME(binary)(z, down, up, args);
         REAL factor = weighted ? upstreams[k] * w : 1;
         REAL finite = (w == 0) & (r.loss > REAL_MAX) ? 0 : r.loss; /* 0 * inf is 0 here, NaN stays */
-        bad |= y * (1 - y) < 0 ? 1 : 0;
+        REAL within = y * (1 - y);
+        UINT bits;
+        memcpy(&bits, &within, sizeof bits);
+        signs |= bits; /* two operations of some sixty, a comparison takes four */
         loss[k] = weighted ? NAME(times)(w, finite, o.least) : r.loss;
         if (want > 0)
             grad[k] = NAME(times)(r.grad, o.scale * factor, o.least);
@@ -213,7 +216,10 @@ CE_INLINE int NAME(each_element)(const NAME(element_tile) *t, const NAME(element
             hess[k] = s == 0 ? 0 : h < o.floor ? o.floor : h;
         }
     }
-    return bad != 0;
+    int bad = 0, negative = signs >> (8 * sizeof signs - 1) != 0; /* or NaN, or -0 */
+    for (int64_t k = 0; k < n && negative; k++)
+        bad |= !(weighted && ss[k] == 0) && ys[k] * (1 - ys[k]) < 0;
+    return bad;
 }
 
 static int NAME(run_tile)(const NAME(element_tile) *t, const NAME(element_options) *o, int64_t n, ce_rule rule, int want,
@@ -269,15 +275,9 @@ static double NAME(elements)(const ce_element_job *job, int64_t first, int64_t l
             NAME(each_run)(&hess, i, n, hessians, 1);
         if (loss.data)
             NAME(each_run)(&loss, i, n, losses, 1);
-        double lanes[CE_LANES];
-        for (int l = 0; l < CE_LANES; l++) /* no memset, see setup.py */
-            lanes[l] = 0;
-        for (int64_t k = n; k % CE_LANES; k++)
-            losses[k] = 0;
-        for (int64_t k = 0; k < n; k += CE_LANES)
-            for (int l = 0; l < CE_LANES; l++)
-                lanes[l] += (double)losses[k + l];
-        ce_add(&sum, NAME(sum_lanes)(lanes, CE_LANES));
+        for (; n % CE_LANES; n++)
+            losses[n] = 0;
+        ce_add(&sum, NAME(sum_of_lanes)(losses, n, CE_LANES));
     }
     return ce_total(&sum);
 }
