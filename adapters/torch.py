@@ -115,7 +115,6 @@ def cross_entropy(
     tensor([[-0.0781,  0.0571,  0.0210],
             [ 0.1060, -0.2119,  0.1060]])
     """
-    unseen = autograd.is_unseen(input, target, weight, sample_weight)
     ours = (
         z_loss
         or smoothing != "uniform"
@@ -124,6 +123,10 @@ def cross_entropy(
         or denominator != "weight"
         or sample_weight is not None
     )
+    plain = weight is None and size_average is None and reduce is None and reduction == "mean" and not label_smoothing
+    if plain and not ours and autograd.is_common(input, target):
+        return autograd.mean_cross_entropy(input, target, ignore_index)
+    unseen = autograd.is_unseen(input, target, weight, sample_weight)
     if not ours and (unseen or (not target.is_floating_point() and autograd.only_torch_reads(input, target, weight))):
         return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     reduction = autograd.reduction_name(reduction, size_average, reduce)
@@ -695,7 +698,8 @@ class _Module(torch.nn.Module):
             autograd.make_once(self._kind, **{name: value for name, value in held.items() if name not in self._buffers})
 
     def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._held}
+        held = self.__dict__  # a module's own getattr, for buffers, takes ten times as long
+        return {name: held[name] if name in held else getattr(self, name) for name in self._held}
 
     def extra_repr(self) -> str:
         defaults = {name: parameter.default for name, parameter in self.__signature__.parameters.items()}

@@ -16,7 +16,7 @@ from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 import ce_fast
-from ce_fast import threads
+from ce_fast import backends, threads
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -315,7 +315,10 @@ def _array(tensor: Tensor) -> np.ndarray:
     """The tensor's own memory as an array, whatever its strides."""
     if tensor.dtype == torch.bfloat16:
         return tensor.detach().resolve_neg().view(torch.int16).numpy().view(_BFLOAT16)
-    return tensor.numpy(force=True)  # force: of a tensor that needs a gradient too
+    if tensor.is_neg():
+        return tensor.numpy(force=True)
+    plain = tensor.detach() if tensor.requires_grad else tensor  # as force does, by two operations in place of five
+    return plain.numpy()
 
 
 def _arrays(tensors: Iterable[Tensor | None]) -> list[np.ndarray | None]:
@@ -330,6 +333,8 @@ def _gradient_tensor(array: np.ndarray) -> Tensor:
 
 
 def _tensor(value: float | np.ndarray, dtype: torch.dtype) -> Tensor:
+    if dtype is torch.float32 and type(value) is float and 1e-37 < value < 1e38:  # no conversion by torch: 2 us less
+        return torch.from_numpy(np.array(value, np.float32))
     return torch.from_numpy(np.asarray(value)).to(dtype)
 
 
@@ -351,17 +356,19 @@ class _Kernels(torch.autograd.Function):
 
     A mean or sum has one upstream gradient u, and d(u l)/dx = u dl/dx: dl/dx is computed along with l in one pass,
     and given away at the first backward. A later backward, and reduction "none", compute it from the logits. The last
-    `names` of the tensors are options of the formula.
+    `names` of the tensors are options of the formula; `done` is (l, dl/dx) where both are known already.
     """
 
     @staticmethod
-    def forward(ctx, loss, formula, names, dtype, *tensors):
+    def forward(ctx, loss, formula, names, dtype, done, *tensors):
         ctx.save_for_backward(*tensors)
         ctx.loss, ctx.formula, ctx.names, ctx.gradient = loss, formula, names, None
-        given = _arrays(tensors[: len(tensors) - len(names)])
-        if loss.reduction == "none":
-            return _tensor(loss(*given), dtype)
-        value, gradient = loss.value_and_grad(*given)
+        if done is None:
+            given = _arrays(tensors[: len(tensors) - len(names)])
+            if loss.reduction == "none":
+                return _tensor(loss(*given), dtype)
+            done = loss.value_and_grad(*given)
+        value, gradient = done
         ctx.gradient = _gradient_tensor(gradient)
         return _tensor(value, dtype)
 
@@ -369,7 +376,7 @@ class _Kernels(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor):  # type: ignore[override]
         gradient = (_formula_gradient if _is_differentiated(upstream) else _kernel_gradient)(ctx, upstream)
         n_arguments = len(ctx.needs_input_grad)
-        return None, None, None, None, gradient, *(None,) * (n_arguments - 5)
+        return *(None,) * 5, gradient, *(None,) * (n_arguments - 6)
 
 
 def _is_differentiated(upstream: Tensor) -> bool:
@@ -477,8 +484,47 @@ def run(
     loss = (_make if tensors else make_once)(kind, **arrays, **more, **options)
     if input.requires_grad and torch.is_grad_enabled():
         formula = functools.partial(kind.formula, **options)
-        return _Kernels.apply(loss, formula, tuple(tensors), dtype, *data, *tensors.values())
+        return _Kernels.apply(loss, formula, tuple(tensors), dtype, None, *data, *tensors.values())
     return _tensor(loss(*_arrays(data)), dtype)
+
+
+def is_common(input: Tensor, target: Tensor) -> bool:
+    """Whether these are plain tensors of rows of logits and of their class indices, which the kernels see."""
+    return (
+        type(input) is Tensor
+        and type(target) is Tensor
+        and (input.dtype is torch.float32 or input.dtype is torch.float64)
+        and target.dtype is torch.int64
+        and input.ndim == 2
+        and target.ndim == 1
+        and input.is_cpu
+        and target.is_cpu
+        and input.layout is torch.strided
+        and target.layout is torch.strided
+        and not _recorded()
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _common(ignore_index: int, n_threads: int) -> tuple[CrossEntropy, Callable[..., Tensor]]:
+    loss = CrossEntropy(ignore_index=ignore_index, n_threads=n_threads)
+    options = {name: getattr(loss, name) for name in ("weight", *_CLASS_OPTIONS)}
+    return loss, functools.partial(CrossEntropy.formula, **options)
+
+
+def mean_cross_entropy(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The call that is made most, of tensors that `is_common`: (32, 10) takes 5 us, `run` 30."""
+    dtype, needs_gradient, done = input.dtype, input.requires_grad and torch.is_grad_enabled(), None
+    small = input.numel() < threads.SERIAL_LOGITS
+    if small and input.is_contiguous() and target.is_contiguous() and len(input) == len(target) and not input.is_neg():
+        where = input.data_ptr(), dtype is torch.float64, *input.shape, target.data_ptr()
+        done = backends.active().small_call_at(*where, ignore_index, needs_gradient)
+    if done is not None and not needs_gradient:
+        return _tensor(done[0], dtype)
+    loss, formula = _common(ignore_index, 1 if small else torch.get_num_threads())
+    if needs_gradient:
+        return _Kernels.apply(loss, formula, (), dtype, done, input, target, None)
+    return _tensor(loss(_array(input), _array(target)), dtype)
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Tensor])

@@ -15,6 +15,16 @@ def run_rows(isa: int, plan: Plan, job: Job) -> tuple[float, int, int, float]: .
 def small_call(
     isa: int, logits: np.ndarray, target: np.ndarray, ignore_index: int, gradient: bool
 ) -> tuple[float, np.ndarray | None] | None: ...
+def small_call_at(
+    isa: int,
+    logits: int,
+    wide: bool,
+    n_rows: int,
+    n_classes: int,
+    target: int,
+    ignore_index: int,
+    gradient: bool,
+) -> tuple[float, np.ndarray | None] | None: ...
 def run_elements(isa: int, plan: Plan, job: ElementJob) -> tuple[float, bool]: ...
 def label_range(isa: int, labels: np.ndarray, n_threads: int) -> tuple[int, int]: ...
 def run_probabilities(isa: int, plan: Plan, job: ProbabilityJob) -> tuple[float, bool, bool, bool]: ...

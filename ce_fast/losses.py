@@ -98,7 +98,7 @@ class _SoftmaxLoss(_Loss):
         """Whether nothing but `ignore_index` is asked for: small calls are then quicker."""
         plain = self.rule == "cross_entropy" and self.weight is None and self.label_smoothing == 0 and self.z_loss == 0
         mean = self.reduction == "mean" and self.denominator in ("weight", "count")
-        return plain and mean and self.softcap is None and self.temperature == 1 and self.class_axis in (None, -1)
+        return plain and mean and self.softcap is None and self.temperature == 1 and self.class_axis in (None, -1, 1)
 
     @property
     def parameter(self) -> float:

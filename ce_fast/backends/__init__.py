@@ -6,6 +6,8 @@ A backend is a module with
     scan_targets(rows, n_rows, n_classes) -> (bad, counted, weight_sum)
     empty_like(array, dtype) -> ndarray                             for a gradient
     small_call(logits, target, ignore_index, gradient)              (mean, gradient), or None: not the common case
+    small_call_at(logits, wide, n_rows, n_classes, target, ignore_index, gradient)
+                                                                    the same, of contiguous memory at these addresses
     run(job, plan) -> (loss_sum, bad, counted, weight_sum)          bad rows are not read
     run_elements(job, plan) -> (float, bool)                        the sum of the losses; whether a target is bad
     label_range(labels, n_threads) -> (int, int)                    the least and the greatest

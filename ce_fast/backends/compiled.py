@@ -42,6 +42,10 @@ def small_call(logits, target, ignore_index: int, gradient: bool) -> tuple[float
     return _kernels.small_call(_isa.get(), logits, target, ignore_index, gradient)
 
 
+def small_call_at(*what) -> tuple[float, np.ndarray | None] | None:
+    return _kernels.small_call_at(_isa.get(), *what)
+
+
 def run(job: Job, plan: Plan) -> tuple[float, int, int, float]:
     return _kernels.run_rows(_isa.get(), plan, job)
 
