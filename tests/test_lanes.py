@@ -104,6 +104,53 @@ def test_every_way_agrees_with_the_oracle_for_every_rule(compiled, way, rule, op
     assert_grad_close(grad, ref.grad, ref.terms, np.float64)
 
 
+SMOOTHING = [(0.1, "uniform"), (1.0, "others")]  # the second has no mass at the target
+
+
+@pytest.mark.parametrize("eps, smoothing", SMOOTHING)
+@pytest.mark.parametrize(
+    "n_classes, axis", [(2, -1), (3, 0), (33, -1), (96, -1), (97, -1), (256, 0), (300, -1), (600, 0)]
+)
+def test_smoothing_agrees_with_the_oracle_in_every_way(compiled, dtype, n_classes, axis, eps, smoothing):
+    logits, target = data(70, n_classes, dtype)
+    rng = np.random.default_rng(8)
+    sample_weight, upstream = rng.random(70), rng.standard_normal(70)
+    sample_weight[::5] = 0
+    for options in ({}, {"temperature": 0.5, "sample_weight": sample_weight, "upstream": upstream}, {"z_loss": 0.01}):
+        given = {"label_smoothing": eps, "smoothing": smoothing} | options
+        ref = reference.cross_entropy(logits, target, reduction="none", **given)
+        losses, grad = run(logits, target, axis, **given)
+        assert_loss_close(losses, ref.rows, dtype, ref.row_terms)
+        assert_grad_close(grad, ref.grad, ref.terms, dtype)
+    ref = reference.cross_entropy(logits, target, label_smoothing=eps, smoothing=smoothing)
+    loss = ce.CrossEntropyLoss(label_smoothing=eps, smoothing=smoothing, class_axis=axis)
+    given = logits if axis == -1 else np.ascontiguousarray(logits.T)
+    value, (grad, hess) = loss(given, target), loss.grad_and_hess(given, target)
+    assert_loss_close(value, ref.value("mean"), dtype, ref.terms_of_value("mean"))
+    assert_grad_close(np.moveaxis(grad, axis, -1), ref.grad, ref.terms, dtype)
+    assert_grad_close(np.moveaxis(hess, axis, -1), ref.hess, ref.hess_terms, dtype)
+
+
+@pytest.mark.parametrize("eps, smoothing", SMOOTHING)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_smoothed_losses_keep_their_digits_wherever_the_logits_lie(compiled, dtype, way, eps, smoothing):
+    """Large, tiny, rising, falling, equal but for one; in batches of a kind, so that none goes alone for another."""
+    n_classes, axis = way
+    rng = np.random.default_rng(9)
+    for size, offset in itertools.product((1e-30, 1e-3, 30.0, 1000.0), (0.0, -3000.0, 3000.0)):
+        x = rng.random((20, n_classes)) * size
+        x[:4], x[4:8], x[8:12] = np.sort(x[:4]), -np.sort(-x[4:8]), 0
+        x[8:12, rng.integers(n_classes)] = size
+        logits = (x + offset).astype(dtype)
+        target = rng.integers(n_classes, size=20)
+        target[::4], target[1::4] = logits[::4].argmax(-1), logits[1::4].argmin(-1)
+        options = {"label_smoothing": eps, "smoothing": smoothing}
+        ref = reference.cross_entropy(logits, target, reduction="none", **options)
+        losses, grad = run(logits, target, axis, **options)
+        assert_loss_close(losses, ref.rows, dtype, ref.row_terms)
+        assert_grad_close(grad, ref.grad, ref.terms, dtype)
+
+
 def test_the_slope_of_a_z_loss_keeps_its_digits_where_the_row_is_certain(compiled, way):
     """The gradient at a sure target is 2 z_loss lse, and lse the logit itself, however near 0."""
     n_classes, axis = way
@@ -170,23 +217,25 @@ def test_no_layout_changes_a_result(compiled, dtype, shape, axis, layout):
         assert_grad_close(given, ref.grad, ref.terms, dtype)
 
 
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=["hard", "smoothed"])
 @pytest.mark.parametrize("value", [NAN, INF, 5000.0, 1e30, -1e30, -INF], ids=str)
 @pytest.mark.parametrize("where", ["target", "beside it", "row"])
-def test_an_odd_row_changes_no_other(compiled, way, value, where):
+def test_an_odd_row_changes_no_other(compiled, way, value, where, options):
     n_classes, axis = way
     odd, n_rows = 37, 70
     logits, target = data(n_rows, n_classes)
     place = {"target": target[odd], "beside it": (target[odd] + 1) % n_classes, "row": slice(None)}[where]
     logits[odd, place] = value
     others = np.arange(n_rows) != odd
-    ref = expected(n_rows, n_classes, np.dtype(np.float32))
-    losses, grad = run(logits, target, axis)
+    ref = expected(n_rows, n_classes, np.dtype(np.float32), **options)
+    losses, grad = run(logits, target, axis, **options)
     assert_loss_close(losses[others], ref.rows[others], np.float32, ref.row_terms[others])
     assert_grad_close(grad[others], ref.grad[others], ref.terms[others], np.float32)
     if value != value or value == INF or (where == "row" and value == -INF):
         assert np.isnan(losses[odd]) and np.isnan(grad[odd]).all()
     else:
-        alone = run(logits[odd : odd + 1], target[odd : odd + 1], -1)
+        one_by_one = {"weight": np.ones(n_classes)} if options else {}
+        alone = run(logits[odd : odd + 1], target[odd : odd + 1], -1, **one_by_one, **options)
         np.testing.assert_allclose(losses[odd], alone[0][0], rtol=1e-6)
         np.testing.assert_allclose(grad[odd], alone[1][0], rtol=1e-6, atol=1e-37)
         assert not np.isnan(losses[odd]) and not np.isnan(grad[odd]).any()
@@ -198,11 +247,12 @@ def test_rows_that_do_not_count_are_not_read(compiled, dtype, way):
     sample_weight, upstream = np.ones(70), np.full(70, 2.0)
     sample_weight[5::9] = 0
     out = (target < 0) | (sample_weight == 0)
-    clean = run(logits, target, axis, sample_weight, upstream=upstream)
-    for value in (NAN, INF, -INF):
+    for eps, value in itertools.product((0, 0.1), (NAN, INF, -INF)):
+        logits[out], upstream[out] = 0, 0
+        clean = run(logits, target, axis, sample_weight, upstream=upstream, label_smoothing=eps)
         logits[out], upstream[out] = value, value
         target[sample_weight == 0] = n_classes + 5  # nor is it a bad target
-        losses, grad = run(logits, target, axis, sample_weight, upstream=upstream)
+        losses, grad = run(logits, target, axis, sample_weight, upstream=upstream, label_smoothing=eps)
         np.testing.assert_array_equal(losses, clean[0])
         np.testing.assert_array_equal(grad, clean[1])
         assert (losses[out] == 0).all() and (grad[out] == 0).all()
@@ -230,7 +280,7 @@ def test_the_value_has_the_same_bits_with_a_gradient_and_without(compiled, dtype
     n_classes, axis = way
     logits, target = data(70, n_classes, dtype)
     given = logits if axis == -1 else np.ascontiguousarray(logits.T)
-    for options in ({}, {"z_loss": 0.01, "temperature": 2.0}, {"reduction": "none"}):
+    for options in ({}, {"z_loss": 0.01, "temperature": 2.0}, {"reduction": "none"}, {"label_smoothing": 0.1}):
         loss = RULES[rule][0](class_axis=axis, **options)
         np.testing.assert_array_equal(loss(given, target), loss.value_and_grad(given, target)[0])
 
@@ -239,11 +289,13 @@ def test_every_way_gives_the_same_bits_for_any_number_of_threads(compiled, dtype
     n_classes, axis = way
     logits, target = data(200000 // n_classes, n_classes, dtype)
     given = logits if axis == -1 else np.ascontiguousarray(logits.T)
-    results = []
-    for n_threads in (1, 2, 3, 7):
-        value, grad = ce.CrossEntropyLoss(class_axis=axis, n_threads=n_threads).value_and_grad(given, target)
-        results.append((value, grad.tobytes()))
-    assert all(result == results[0] for result in results)
+    for eps in (0, 0.1):
+        results = []
+        for n_threads in (1, 2, 3, 7):
+            loss = ce.CrossEntropyLoss(class_axis=axis, label_smoothing=eps, n_threads=n_threads)
+            value, grad = loss.value_and_grad(given, target)
+            results.append((value, grad.tobytes()))
+        assert all(result == results[0] for result in results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

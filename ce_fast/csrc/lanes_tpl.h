@@ -7,6 +7,7 @@
 #ifndef CE_SLACK
 /* powers of 2 that a logit may be above those the reference is taken from; more, and gradients would lose digits */
 #define CE_SLACK (REAL_IS_FLOAT ? 32 : 512)
+#define CE_FAR 0x1p20 /* with smoothing, rows whose z lie so far below the largest go one by one, those of -inf too */
 #endif
 #define ROWS ((int)(512 / sizeof(REAL)))  /* at a time, at most */
 #define LANES ((int)(128 / sizeof(REAL))) /* two vectors of 512 bits, in registers together */
@@ -22,8 +23,11 @@ typedef struct {
     _Alignas(64) SINT t[ROWS]; /* the target; -1: the row does not count. All arrays whole cache lines: a vector across two
                                   takes twice as long */
     REAL x_t[ROWS], ref[ROWS]; /* of the target; the n of the reference */
+    REAL pivot[ROWS];          /* with smoothing, the largest logit */
     double s[ROWS], w[ROWS];   /* weight of the sample, and times that of the target's class; 0 if it does not count */
     double rest[ROWS], lost[ROWS];         /* a sum, and what its roundings lost */
+    double moment[ROWS], moment_lost[ROWS]; /* with smoothing, sum_{k != t} (x_k - pivot), likewise */
+    double others[ROWS]; /* and sum_{k != t} -log p_k, of float without the (K - 1) nll that is in it */
     double nll[ROWS], p[ROWS], q[ROWS];    /* of the target: -log p, p, 1 - p */
     double lse[ROWS], inverse[ROWS];       /* and 1 / sum_k exp(z_k - m) */
     double scale[ROWS];                    /* of the gradient */
@@ -179,22 +183,51 @@ static void NAME(target_slopes)(const ce_job *job, NAME(lanes) *l)
 }
 #endif
 
+/* others, what smoothing asks for: (K - 1) (lse - pivot) - moment / T, in which nothing cancels. For float, lse is taken as
+   nll + z_t, which has digits enough in double: lanes that share a logarithm need no other. It uses p and q as target_nll
+   leaves them. 0 if a lane is out of the ordinary. */
+static int NAME(sum_others)(const ce_job *job, NAME(lanes) *l)
+{
+    const ce_temperature *t = &job->temperature;
+    double inverse_t = 1 / t->value, n_others = (double)(job->n_classes - 1);
+    int odd = 0;
+    for (int p = 0; p < l->padded; p++) {
+        double below = ((double)l->x_t[p] - (double)l->pivot[p]) * inverse_t;
+        double moment = (l->moment[p] + l->moment_lost[p]) * inverse_t;
+#if REAL_IS_FLOAT
+        double lse = below;
+#else
+        double k, log_f = ce_log_parts_float64(l->p[p] + l->q[p], &k), n = l->ref[p] + k;
+        double lse = ((n * t->ln2_high - l->pivot[p]) + n * t->ln2_low) * inverse_t + log_f;
+#endif
+        odd |= !(below > -CE_FAR) | !(moment >= -CE_FAR * n_others);
+        l->others[p] = n_others * lse - moment;
+    }
+    return !odd;
+}
+
 /* loss and slopes of each row, as ce_rule_of; cross-entropy alone without a call a row */
 static void NAME(rule_of_lanes)(const ce_job *job, NAME(lanes) *l)
 {
     int plain = job->rule == CE_CROSS_ENTROPY && job->z_loss == 0;
+    double mass_t = job->on + job->off, mass = job->off * (double)(job->n_classes - 1); /* at the target, and elsewhere */
+    double of_nll = REAL_IS_FLOAT ? mass : 0;                                           /* what others leaves to it */
     for (int p = 0; p < l->padded && plain && !l->only_sum; p++)
         l->loss[p] = l->w[p] == 0 ? 0 : l->w[p] * l->nll[p]; /* 0 * inf is 0 here */
+    for (int p = 0; p < l->padded && plain && job->off != 0; p++)
+        l->loss[p] = (mass_t + of_nll) * l->loss[p] + l->w[p] * job->off * l->others[p];
     for (int p = 0; p < l->padded && plain && job->emit; p++) {
-        l->a[p] = l->w[p];
-        l->g_t[p] = -l->w[p] * l->q[p];
+        l->a[p] = l->w[p] * (mass_t + mass);
+        l->g_t[p] = l->w[p] * (mass * l->p[p] - mass_t * l->q[p]);
     }
     for (int p = 0; p < l->padded && !plain; p++) {
         ce_row_stats s = {0};
         s.lse = job->z_loss == 0 ? 0 : l->lse[p];
         s.target = (ce_class){l->nll[p], l->p[p], l->q[p]};
         s.row_weight = l->s[p] == 0 ? 0 : l->w[p] / l->s[p];
-        s.mass_t = s.row_weight * job->on;
+        s.mass_t = s.row_weight * mass_t;
+        if (job->off != 0)
+            s.rest = (ce_term){job->off * l->others[p] + of_nll * l->nll[p], mass};
         ce_row_rule rule = ce_rule_of(job, &s);
         l->loss[p] = l->s[p] == 0 ? 0 : l->s[p] * rule.loss;
         l->a[p] = l->s[p] * rule.a;
@@ -202,3 +235,9 @@ static void NAME(rule_of_lanes)(const ce_job *job, NAME(lanes) *l)
     }
 }
 
+/* what smoothing takes from the gradient at every class but the target */
+CE_INLINE REAL NAME(pull)(const ce_job *job, const NAME(lanes) *l, int p)
+{
+    double pull = job->off * l->w[p] * l->scale[p];
+    return job->off == 0 || fabs(pull) < (double)REAL_MIN ? 0 : (REAL)pull;
+}

@@ -365,9 +365,9 @@ static ce_row_stats NAME(row_stats)(const NAME(row) *row, const NAME(sums) *s, d
     return r;
 }
 
-/* out_k = factor exp(z_k - m); products that would be subnormal become 0, also those of what the factor rounds: on logits
-   spread over 200 they took eight times as long */
-static void NAME(scale_tile)(const REAL *e, REAL *out, int64_t n, double factor)
+/* out_k = factor exp(z_k - m) - pull; products that would be subnormal become 0, also those of what the factor rounds: on
+   logits spread over 200 they took eight times as long */
+static void NAME(scale_tile)(const REAL *e, REAL *out, int64_t n, double factor, REAL pull)
 {
     REAL high = (REAL)factor, cut = (REAL)REAL_MIN / NAME(abs)(high);
 #if CE_HAVE_FMA && REAL_IS_FLOAT
@@ -375,11 +375,11 @@ static void NAME(scale_tile)(const REAL *e, REAL *out, int64_t n, double factor)
     REAL cut_low = (REAL)REAL_MIN / NAME(abs)(low);
 #pragma GCC ivdep
     for (int64_t k = 0; k < n; k++)
-        out[k] = __builtin_fmaf(e[k] < cut ? 0 : e[k], high, (e[k] < cut_low ? 0 : e[k]) * low);
+        out[k] = __builtin_fmaf(e[k] < cut ? 0 : e[k], high, (e[k] < cut_low ? 0 : e[k]) * low - pull);
 #else
 #pragma GCC ivdep
     for (int64_t k = 0; k < n; k++)
-        out[k] = (e[k] < cut ? 0 : e[k]) * high;
+        out[k] = (e[k] < cut ? 0 : e[k]) * high - pull;
 #endif
 }
 
@@ -461,7 +461,7 @@ static void NAME(write_gradient)(const NAME(row) *row, const NAME(sums) *s, cons
         }
         if (hess)
             NAME(write_hess)(row, g, j, n, buffer, slope, hess);
-        NAME(scale_tile)(out, out, n, factor);
+        NAME(scale_tile)(out, out, n, factor, 0);
         if (with_mass)
             for (int64_t k = 0; k < n; k++)
                 out[k] -= pull[k];

@@ -10,13 +10,15 @@ CE_INLINE int64_t NAME(pitch)(const ce_job *job)
     return (job->n_classes + lanes - 1) & -lanes;
 }
 
-/* the largest of n >= STEP elements, or, where one is NaN, NaN or any of them */
+/* The largest of n >= STEP elements, or, where one is NaN, NaN or any of them. Loops of one vector are told not to be unrolled
+   here: GCC would do that first, and find no vector then. */
 CE_INLINE REAL NAME(largest)(const REAL *x, int64_t n)
 {
     REAL max[STEP];
     for (int l = 0; l < STEP; l++)
         max[l] = x[n - STEP + l]; /* the end, which whole steps may leave out */
     for (int64_t k = 0; k + STEP <= n; k += STEP)
+#pragma GCC unroll 1
         for (int l = 0; l < STEP; l++)
             max[l] = x[k + l] > max[l] ? x[k + l] : max[l];
 #pragma GCC unroll 8
@@ -78,6 +80,39 @@ static double NAME(sum_short)(const REAL *e, int64_t n)
     return n <= CE_RUN ? NAME(sum_of_lanes)(e, n, STEP) : NAME(sum_of_lanes)(e, n, CE_LANES);
 }
 
+/* sum_{k != t} (x_k - pivot) of n >= n_lanes elements, as sum_of_lanes */
+CE_INLINE double NAME(moment_of_lanes)(const REAL *x, int64_t n, SINT t, REAL pivot, const int n_lanes)
+{
+    double sums[CE_LANES];
+    const int64_t run = CE_RUN / CE_LANES * n_lanes, whole = n & -(int64_t)n_lanes;
+#pragma GCC unroll 1
+    for (int l = 0; l < n_lanes; l++) { /* the end, which whole steps leave out */
+        SINT k = (SINT)(n - n_lanes) + l;
+        REAL v = x[n - n_lanes + l] - pivot;
+        sums[l] = (k < (SINT)whole) | (k == t) ? 0 : (double)v;
+    }
+    for (int64_t j = 0; j < whole; j += run) {
+        int64_t end = j + run < whole ? j + run : whole;
+        REAL lanes[CE_LANES];
+        for (int l = 0; l < n_lanes; l++) /* no memset, see setup.py */
+            lanes[l] = 0;
+        for (int64_t k = j; k < end; k += n_lanes)
+#pragma GCC unroll 1
+            for (int l = 0; l < n_lanes; l++) {
+                REAL v = x[k + l] - pivot;
+                lanes[l] += (SINT)k + l == t ? 0 : v;
+            }
+        for (int l = 0; l < n_lanes; l++)
+            sums[l] += (double)lanes[l];
+    }
+    return NAME(sum_lanes)(sums, n_lanes);
+}
+
+static double NAME(moment_of_row)(const REAL *x, int64_t n, SINT t, REAL pivot)
+{
+    return n <= CE_RUN ? NAME(moment_of_lanes)(x, n, t, pivot, STEP) : NAME(moment_of_lanes)(x, n, t, pivot, CE_LANES);
+}
+
 /* The row's logits: as they lie, or copied to where its exponentials will be. */
 CE_INLINE const REAL *NAME(short_row)(const ce_job *job, const NAME(lanes) *l, int p, REAL *e)
 {
@@ -101,28 +136,33 @@ static void NAME(exp_of_row)(const ce_job *job, NAME(lanes) *l, int p, const REA
 }
 
 /* exp(z - m) of the rows and their sums without the target; 0 if a row is out of the ordinary. The reference is taken from a
-   row's first classes, or from all where those turn out to be far below. In a row that does not count, nothing is read.
-   Loop after loop over all rows: within one row each step waits for the one before. */
+   row's first classes, or from all where those turn out to be far below, or for a pivot. In a row that does not count,
+   nothing is read. Loop after loop over all rows: within one row each step waits for the one before. */
 static int NAME(sum_rows)(const ce_job *job, NAME(lanes) *l)
 {
     int64_t n = job->n_classes, pitch = NAME(pitch)(job);
     const ce_temperature *t = &job->temperature;
     REAL limit = (REAL)(CE_BASE_LIMIT * t->value), log2e = (REAL)t->log2e, ln2 = (REAL)(t->ln2_high + t->ln2_low);
     const REAL *rows[ROWS];
-    int looked = l->look, first = n >= 4 * STEP ? 4 * STEP : STEP;
+    int smoothed = job->off != 0, looked = l->look || smoothed, first = n >= 4 * STEP ? 4 * STEP : STEP;
     REAL max[ROWS];
     for (int p = 0; p < l->padded; p++) {
         REAL *e = l->x + p * pitch;
         for (int64_t k = n; k < pitch && l->t[p] >= 0; k++)
             e[k] = 0;
         rows[p] = l->t[p] < 0 ? NULL : NAME(short_row)(job, l, p, e);
-        int all = rows[p] == e || l->look, one = !REAL_IS_FLOAT && !all; /* the range of double is wide: 4 % of the time */
+        int all = rows[p] == e || looked, one = !REAL_IS_FLOAT && !all; /* the range of double is wide: 4 % of the time */
         max[p] = !rows[p] ? 0 : one ? rows[p][0] : NAME(largest)(rows[p], all ? n : first);
         l->x_t[p] = rows[p] ? rows[p][l->t[p]] : 0;
     }
     for (int p = 0; p < l->padded; p++) {
         l->ref[p] = NAME(round)(max[p] * log2e) - CE_LEAD;
         l->rest[p] = l->lost[p] = 0;
+    }
+    for (int p = 0; p < l->padded && smoothed; p++) {
+        l->pivot[p] = max[p];
+        l->moment[p] = rows[p] ? NAME(moment_of_row)(rows[p], n, l->t[p], max[p]) : 0;
+        l->moment_lost[p] = 0;
     }
     for (int p = 0; p < l->padded; p++)
         if (rows[p])
@@ -150,8 +190,8 @@ static int NAME(sum_rows)(const ce_job *job, NAME(lanes) *l)
     return !odd;
 }
 
-/* A p_k of each row to its place, g_t at the target. Rows that are streamed are packed first: lines written in parts took
-   [80000, 129] from 0.7 to 1.7 ns a logit. */
+/* A p_k of each row less its pull to its place, g_t at the target. Rows that are streamed are packed first: lines written in
+   parts took [80000, 129] from 0.7 to 1.7 ns a logit. */
 static void NAME(write_rows)(const ce_job *job, NAME(lanes) *l)
 {
     int64_t n = job->n_classes, size = n * (int64_t)sizeof(REAL);
@@ -162,7 +202,7 @@ static void NAME(write_rows)(const ce_job *job, NAME(lanes) *l)
         char *out = job->out.data + NAME(offset)(job, &job->out, l->first + p);
         REAL *e = l->x + p * NAME(pitch)(job), *g = packed ? l->pack + p * n : contiguous ? (REAL *)out : e;
         if (l->t[p] >= 0) {
-            NAME(scale_tile)(e, g, n, l->a[p] * l->inverse[p] * l->scale[p]);
+            NAME(scale_tile)(e, g, n, l->a[p] * l->inverse[p] * l->scale[p], NAME(pull)(job, l, p));
             g[l->t[p]] = (REAL)(l->g_t[p] * l->scale[p]);
         } else {
             for (int64_t k = 0; k < n; k++)

@@ -109,17 +109,25 @@ CE_INLINE void NAME(load_lanes)(const ce_job *job, int64_t k, int64_t n_classes,
             l->x[j * PITCH + p] = 0;
 }
 
-/* the references of LANES lanes from the largest of the first classes */
-CE_INLINE void NAME(first_references)(const ce_job *job, int64_t first, const REAL *x, int64_t pitch, REAL *ref)
+/* The references of LANES lanes at p from the largest of a row's first classes. With smoothing the pivot is the largest of
+   all classes so far, of those before k too, and the moment of these follows. */
+CE_INLINE void NAME(first_references)(const ce_job *job, int64_t k, int64_t first, const REAL *x, int64_t pitch,
+                                      NAME(lanes) *l, int p, const int smoothed)
 {
     REAL limit = (REAL)(CE_BASE_LIMIT * job->temperature.value), log2e = (REAL)job->temperature.log2e, max[LANES];
     for (int i = 0; i < LANES; i++)
-        max[i] = -limit;
+        max[i] = k > 0 ? l->pivot[p + i] : -limit;
     for (int64_t c = 0; c < first; c++)
         for (int i = 0; i < LANES; i++)
             max[i] = x[c * pitch + i] > max[i] ? x[c * pitch + i] : max[i];
-    for (int i = 0; i < LANES; i++)
-        ref[i] = NAME(round)(max[i] * log2e) - CE_LEAD;
+    for (int i = 0; i < LANES && k == 0; i++)
+        l->ref[p + i] = NAME(round)(max[i] * log2e) - CE_LEAD;
+    for (int i = 0; i < LANES && k > 0; i++) {
+        double summed = (double)(k - (l->t[p + i] >= 0 && l->t[p + i] < k));
+        l->moment_lost[p + i] -= summed * ((double)max[i] - (double)l->pivot[p + i]);
+    }
+    for (int i = 0; i < LANES && smoothed; i++)
+        l->pivot[p + i] = max[i];
 }
 
 /* The references of LANES lanes go to CE_LEAD ln 2 below max, where that exceeds bound; sums follow. */
@@ -135,31 +143,51 @@ static void NAME(move_references)(const ce_temperature *t, const REAL *max, cons
     }
 }
 
-/* exp(z - m) of LANES lanes of a tile of logits x, to e if store, and their sums without the target t; 0 if a logit exceeds
-   the bound of its lane: nothing has been added then, and top is known. */
+/* a run to the sums of LANES lanes */
+CE_INLINE void NAME(add_run)(double *sum, double *rounded, const REAL *run)
+{
+    for (int i = 0; i < LANES; i++) {
+#if REAL_IS_FLOAT
+        sum[i] += (double)run[i];
+#else /* Knuth's sum: the order of magnitudes is not known */
+        double high = sum[i] + run[i], back = high - sum[i];
+        rounded[i] += (sum[i] - (high - back)) + (run[i] - back);
+        sum[i] = high;
+#endif
+    }
+}
+
+/* exp(z - m) of LANES lanes at p of a tile of logits x, to l->x if store, and their sums without the target t; 0 if a logit
+   exceeds the bound of its lane: nothing has been added then, and top is known. */
 CE_INLINE int NAME(add_lanes)(const ce_temperature *of, const REAL *x, int64_t pitch, int64_t n_classes, const SINT *target,
-                              const REAL *ref, double *rest, double *lost, REAL *target_x, REAL *top_x, REAL *e,
-                              const char *ahead, int64_t along, int store)
+                              NAME(lanes) *l, int p, REAL *top_x, const char *ahead, int64_t along, const int store,
+                              const int smoothed)
 {
     NAME(exp_args) args = NAME(exp_prepare)(0, 0, of);
-    REAL ln2 = (REAL)(of->ln2_high + of->ln2_low), cutoff[LANES], magic[LANES], top[LANES], x_t[LANES];
+    REAL ln2 = (REAL)(of->ln2_high + of->ln2_low), cutoff[LANES], magic[LANES], top[LANES], x_t[LANES], pivot[LANES];
+    REAL *e = l->x + p;
     SINT t[LANES];
-    double sum[LANES], rounded[LANES];
+    double sum[LANES], rounded[LANES], moment[LANES], moment_lost[LANES];
     for (int i = 0; i < LANES; i++) {
-        NAME(exp_args) of_lane = NAME(exp_of_lane)(args, ln2, ref[i]);
+        NAME(exp_args) of_lane = NAME(exp_of_lane)(args, ln2, l->ref[p + i]);
         cutoff[i] = of_lane.cutoff;
         magic[i] = of_lane.magic;
         top[i] = -(REAL)INFINITY;
         t[i] = target[i];
-        x_t[i] = target_x[i];
-        sum[i] = rest[i];
-        rounded[i] = lost[i];
+        x_t[i] = l->x_t[p + i];
+        sum[i] = l->rest[p + i];
+        rounded[i] = l->lost[p + i];
+    }
+    for (int i = 0; i < LANES && smoothed; i++) {
+        pivot[i] = l->pivot[p + i];
+        moment[i] = l->moment[p + i];
+        moment_lost[i] = l->moment_lost[p + i];
     }
     for (int64_t j = 0; j < n_classes; j += CE_CLASS_RUN) {
         int64_t end = j + CE_CLASS_RUN < n_classes ? j + CE_CLASS_RUN : n_classes;
-        REAL run[LANES];
+        REAL run[LANES], apart[LANES];
         for (int i = 0; i < LANES; i++) /* no memset, see setup.py */
-            run[i] = 0;
+            run[i] = apart[i] = 0;
         for (int64_t c = j; c < end; c++) {
             __builtin_prefetch(ahead + c * along);
             __builtin_prefetch(ahead + c * along + 64);
@@ -169,39 +197,40 @@ CE_INLINE int NAME(add_lanes)(const ce_temperature *of, const REAL *x, int64_t p
                 args.magic = magic[i];
                 REAL z = x[c * pitch + i], v = NAME(exp)(z, args);
                 run[i] = t[i] == (SINT)c ? run[i] : run[i] + v;
+                if (smoothed)
+                    apart[i] = t[i] == (SINT)c ? apart[i] : apart[i] + (z - pivot[i]);
                 x_t[i] = t[i] == (SINT)c ? z : x_t[i];
                 top[i] = z > top[i] ? z : top[i];
                 if (store)
                     e[c * PITCH + i] = v;
             }
         }
-        for (int i = 0; i < LANES; i++) {
-#if REAL_IS_FLOAT
-            sum[i] += (double)run[i];
-#else /* Knuth's sum: the order of magnitudes is not known */
-            double high = sum[i] + run[i], back = high - sum[i];
-            rounded[i] += (sum[i] - (high - back)) + (run[i] - back);
-            sum[i] = high;
-#endif
-        }
+        NAME(add_run)(sum, rounded, run);
+        if (smoothed)
+            NAME(add_run)(moment, moment_lost, apart);
     }
     int above = 0;
     for (int i = 0; i < LANES; i++) {
-        above |= top[i] > (ref[i] + (CE_LEAD + CE_SLACK)) * ln2;
+        above |= top[i] > (l->ref[p + i] + (CE_LEAD + CE_SLACK)) * ln2;
         top_x[i] = top[i];
-        target_x[i] = x_t[i];
+        l->x_t[p + i] = x_t[i];
     }
     for (int i = 0; i < LANES && !above; i++) {
-        rest[i] = sum[i];
-        lost[i] = rounded[i];
+        l->rest[p + i] = sum[i];
+        l->lost[p + i] = rounded[i];
+    }
+    for (int i = 0; i < LANES && !above && smoothed; i++) {
+        l->moment[p + i] = moment[i];
+        l->moment_lost[p + i] = moment_lost[i];
     }
     return !above;
 }
 
-/* exp(z - m) of a tile of logits x, to l->x if store, and its sums without the target; 0 if a lane is out of the ordinary.
-   References come from the first classes, if any are named, and from the largest logit where that is far above them. */
+/* exp(z - m) of a tile of logits x, to l->x if store, and its sums without the target, those of smoothing too if smoothed; 0
+   if a lane is out of the ordinary. References come from the first classes, if any are named, and from the largest logit
+   where that is far above them. */
 CE_INLINE int NAME(add_exp)(const ce_job *job, int64_t k, int64_t n_classes, NAME(lanes) *l, const REAL *x, int64_t pitch,
-                            const char *ahead, int64_t along, int64_t first, int store)
+                            const char *ahead, int64_t along, int64_t first, const int store, const int smoothed)
 {
     const ce_temperature *of = &job->temperature;
     REAL limit = (REAL)(CE_BASE_LIMIT * of->value), ln2 = (REAL)(of->ln2_high + of->ln2_low);
@@ -212,9 +241,9 @@ CE_INLINE int NAME(add_exp)(const ce_job *job, int64_t k, int64_t n_classes, NAM
         for (int i = 0; i < LANES; i++)
             t[i] = l->t[p + i] - (SINT)k;
         if (first)
-            NAME(first_references)(job, first, x + p, pitch, l->ref + p);
-        while (!NAME(add_lanes)(of, x + p, pitch, n_classes, t, l->ref + p, l->rest + p, l->lost + p, l->x_t + p, top,
-                                l->x + p, ahead + k * along + p * (int)sizeof(REAL), along, store)) {
+            NAME(first_references)(job, k, first, x + p, pitch, l, p, smoothed);
+        while (!NAME(add_lanes)(of, x + p, pitch, n_classes, t, l, p, top, ahead + k * along + p * (int)sizeof(REAL), along,
+                                store, smoothed)) {
             l->look = 1;
             for (int i = 0; i < LANES; i++) {
                 bound[i] = (l->ref[p + i] + (CE_LEAD + CE_SLACK)) * ln2;
@@ -230,23 +259,25 @@ CE_INLINE int NAME(add_exp)(const ce_job *job, int64_t k, int64_t n_classes, NAM
     return !odd;
 }
 
-/* a p_k for the tile of exponentials, g_t at the target; products that would be subnormal become 0 */
+/* a p_k less the pull for the tile of exponentials, g_t at the target; products that would be subnormal become 0 */
 static void NAME(scale_lanes)(const ce_job *job, int64_t k, int64_t n_classes, NAME(lanes) *l)
 {
     for (int p = 0; p < l->padded; p += LANES) {
-        REAL high[LANES], low[LANES], cut[LANES], cut_low[LANES];
+        REAL high[LANES], low[LANES], cut[LANES], cut_low[LANES], pull[LANES];
         for (int i = 0; i < LANES; i++) {
             double factor = l->a[p + i] * l->inverse[p + i] * l->scale[p + i];
             high[i] = (REAL)factor;
             low[i] = REAL_IS_FLOAT && high[i] - high[i] == 0 ? (REAL)(factor - (double)high[i]) : 0;
             cut[i] = (REAL)REAL_MIN / NAME(abs)(high[i]);
             cut_low[i] = (REAL)REAL_MIN / NAME(abs)(low[i]);
+            pull[i] = NAME(pull)(job, l, p + i);
         }
         for (int64_t c = 0; c < n_classes; c++)
 #pragma GCC ivdep
             for (int i = 0; i < LANES; i++) {
                 REAL e = l->x[c * PITCH + p + i];
-                l->x[c * PITCH + p + i] = (e < cut[i] ? 0 : e) * high[i] + (e < cut_low[i] ? 0 : e) * low[i];
+                REAL rest = REAL_IS_FLOAT ? (e < cut_low[i] ? 0 : e) * low[i] - pull[i] : -pull[i];
+                l->x[c * PITCH + p + i] = (e < cut[i] ? 0 : e) * high[i] + rest;
             }
     }
     for (int p = 0; p < l->n; p++)

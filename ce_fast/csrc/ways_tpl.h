@@ -14,7 +14,7 @@ typedef enum { CE_ONE_BY_ONE, CE_CLASS_MAJOR, CE_ALONG_ROWS } ce_way;
 #include "short_tpl.h"
 #include "tiles_tpl.h"
 
-/* lanes take class indices, with nothing asked of single classes */
+/* lanes take class indices, with nothing asked of single classes but the same smoothing of a cross-entropy */
 static ce_way NAME(way)(const ce_job *job)
 {
     const ce_array *x = &job->logits;
@@ -22,7 +22,9 @@ static ce_way NAME(way)(const ce_job *job)
         return CE_ONE_BY_ONE;
     if (job->hess.data && job->n_classes > CE_FEW)
         return CE_ONE_BY_ONE;
-    if (job->off != 0 || job->softcap != 0 || job->emit == CE_LOG_SOFTMAX || job->rule > CE_GENERALIZED)
+    if (job->off != 0 && (job->weight || job->rule != CE_CROSS_ENTROPY))
+        return CE_ONE_BY_ONE;
+    if (job->softcap != 0 || job->emit == CE_LOG_SOFTMAX || job->rule > CE_GENERALIZED)
         return CE_ONE_BY_ONE;
     int64_t along = x->class_stride < 0 ? -x->class_stride : x->class_stride;
     int64_t across = x->outer_stride[job->n_outer - 1];
@@ -87,6 +89,7 @@ static const REAL *NAME(tile_in_place)(const ce_job *job, const NAME(lanes) *l)
 /* exp(z - m) and its sums, class-major, in tiles of CE_CLASSES; 0 if a lane is out of the ordinary */
 static int NAME(sum_tiles)(const ce_job *job, NAME(lanes) *l, int store)
 {
+    int smoothed = job->off != 0;
     int64_t along = job->logits.class_stride, across = job->logits.outer_stride[job->n_outer - 1], size = sizeof(REAL);
     const REAL *in_place = NAME(tile_in_place)(job, l);
     const char *ahead = NAME(ahead)(job, l->first + ROWS);
@@ -94,17 +97,24 @@ static int NAME(sum_tiles)(const ce_job *job, NAME(lanes) *l, int store)
         along = across / job->n_classes * ROWS;
     for (int p = 0; p < l->padded; p++)
         l->rest[p] = l->lost[p] = l->x_t[p] = 0;
+    for (int p = 0; p < l->padded && smoothed; p++)
+        l->moment[p] = l->moment_lost[p] = 0;
     for (int64_t k = 0; k < job->n_classes; k += CE_CLASSES) {
         int64_t n = job->n_classes - k < CE_CLASSES ? job->n_classes - k : CE_CLASSES;
         const REAL *x = in_place ? in_place + k * (job->logits.class_stride / size) : l->x;
         int64_t pitch = in_place ? job->logits.class_stride / size : PITCH;
         /* in place a few classes, which are in L1 when they are read again: [8, 21, 512, 512] took 13 ms with a copy, now 10;
-           all of a copy, whose logits exponentials replace */
-        int64_t first = k > 0 ? 0 : in_place && !l->look && n > CE_CLASS_RUN ? CE_CLASS_RUN : n;
+           all of a copy, whose logits exponentials replace; with smoothing all, which its pivot is the largest of */
+        int64_t first = smoothed ? n : k > 0 ? 0 : in_place && !l->look && n > CE_CLASS_RUN ? CE_CLASS_RUN : n;
         if (!in_place)
             NAME(load_lanes)(job, k, n, l);
-        int ordinary = store ? NAME(add_exp)(job, k, n, l, x, pitch, ahead, along, first, 1)
-                             : NAME(add_exp)(job, k, n, l, x, pitch, ahead, along, first, 0);
+        int ordinary;
+        if (smoothed)
+            ordinary = store ? NAME(add_exp)(job, k, n, l, x, pitch, ahead, along, first, 1, 1)
+                             : NAME(add_exp)(job, k, n, l, x, pitch, ahead, along, first, 0, 1);
+        else
+            ordinary = store ? NAME(add_exp)(job, k, n, l, x, pitch, ahead, along, first, 1, 0)
+                             : NAME(add_exp)(job, k, n, l, x, pitch, ahead, along, first, 0, 0);
         if (!ordinary)
             return 0;
     }
@@ -117,7 +127,7 @@ static void NAME(write_tiles)(const ce_job *job, NAME(lanes) *l)
         int64_t n = job->n_classes - k < CE_CLASSES ? job->n_classes - k : CE_CLASSES;
         if (job->n_classes > CE_CLASSES) { /* else they are there from the first pass */
             NAME(load_lanes)(job, k, n, l);
-            NAME(add_exp)(job, k, n, l, l->x, PITCH, (const char *)l->x, 0, 0, 1);
+            NAME(add_exp)(job, k, n, l, l->x, PITCH, (const char *)l->x, 0, 0, 1, 0);
         }
         NAME(scale_lanes)(job, k, n, l);
         NAME(each_class)(job, &job->out, k, n, l, 1);
@@ -132,7 +142,7 @@ static void NAME(write_hess_lanes)(const ce_job *job, NAME(lanes) *l)
     for (int p = 0; p < l->n && job->upstream; p++)
         l->scale[p] *= l->t[p] < 0 ? 0 : job->upstream[l->first + p];
     NAME(load_lanes)(job, 0, job->n_classes, l);
-    NAME(add_exp)(job, 0, job->n_classes, l, l->x, PITCH, (const char *)l->x, 0, 0, 1);
+    NAME(add_exp)(job, 0, job->n_classes, l, l->x, PITCH, (const char *)l->x, 0, 0, 1, 0);
     NAME(hess_lanes)(job, l);
     NAME(each_class)(job, &job->hess, 0, job->n_classes, l, 1);
 }
@@ -141,7 +151,7 @@ static void NAME(write_hess_lanes)(const ce_job *job, NAME(lanes) *l)
 static int NAME(run_lanes)(const ce_job *job, ce_way way, int64_t first, int n, NAME(lanes) *l, ce_tally *tally)
 {
     int gradient = job->emit == CE_GRADIENT, plain = job->rule == CE_CROSS_ENTROPY && job->z_loss == 0;
-    int pair = job->n_classes == 2 && job->temperature.value == 1 && plain && !job->hess.data;
+    int pair = job->n_classes == 2 && job->temperature.value == 1 && plain && job->off == 0 && !job->hess.data;
     l->first = first;
     l->n = n;
     l->only_sum = REAL_IS_FLOAT && plain && !pair && !job->loss && !job->weight && !job->sample_weight;
@@ -157,7 +167,7 @@ static int NAME(run_lanes)(const ce_job *job, ce_way way, int64_t first, int n, 
     } else {
         int ordinary = way == CE_ALONG_ROWS ? NAME(sum_rows)(job, l)
                                             : NAME(sum_tiles)(job, l, gradient && job->n_classes <= CE_CLASSES);
-        if (!ordinary || !NAME(target_nll)(job, l))
+        if (!ordinary || !NAME(target_nll)(job, l) || (job->off != 0 && !NAME(sum_others)(job, l)))
             return 0;
         if (gradient || !plain)
             NAME(target_slopes)(job, l);
