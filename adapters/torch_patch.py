@@ -54,7 +54,7 @@ def {name}({parameters}):
 
 
 def _body(function: types.FunctionType) -> types.CodeType:
-    """With the parameters of torch's function, which torch.compile remembers; names are those of torch.nn.functional."""
+    """Of torch's parameters, which torch.compile remembers; it runs among the names of `torch.nn.functional`."""
     code, made = function.__code__, {}  # type: ignore[var-annotated]
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     positional, keywords = names[: code.co_argcount], names[code.co_argcount :]
