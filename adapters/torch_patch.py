@@ -22,23 +22,25 @@ _NAMES = (
 )
 
 
-def _copy(function: Any) -> Any:
-    if not isinstance(function, types.FunctionType):
-        return function
+def _is_torchs(function: Any) -> bool:
+    """Not so what somebody else has put in place of torch's function, which is left to them."""
+    plain = isinstance(function, types.FunctionType) and function.__closure__ is None
+    return plain and function.__globals__ is vars(F)
+
+
+def _copy(function: types.FunctionType) -> types.FunctionType:
     made = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
     made.__kwdefaults__, made.__annotations__ = function.__kwdefaults__, function.__annotations__
     return made
 
 
-_found = {name: inspect.unwrap(getattr(F, name)) for name in _NAMES if hasattr(F, name)}
+_found = {name: getattr(F, name) for name in _NAMES if hasattr(F, name)}
+_torchs = {name: f for name, found in _found.items() if _is_torchs(f := inspect.unwrap(found))}
 # what the adapter falls back on: under a patch, torch's functions would come back to it
-own = types.SimpleNamespace(**{name: _copy(function) for name, function in _found.items()})
-# without what somebody else has put in place of torch's function, which is left to them
-_torchs = {name: f for name, f in _found.items() if getattr(f, "__globals__", None) is vars(F)}
+own = types.SimpleNamespace(**_found | {name: _copy(f) for name, f in _torchs.items()})
 _ours: dict[str, Any] = {}
 _active: set["patch"] = set()
 _lock = threading.Lock()
-
 
 _BODY = """
 def {name}({parameters}):

@@ -190,9 +190,13 @@ F = torch.nn.functional
 x, t = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
 cross_entropy, nll_loss, seen = F.cross_entropy, F.nll_loss, []
 
-def theirs(*args, **options):
-    seen.append("cross_entropy")
-    return cross_entropy(*args, **options)
+def replaced(function):  # with a closure, as many a patch
+    def theirs(*args, **options):
+        seen.append("cross_entropy")
+        return function(*args, **options)
+    return theirs
+
+theirs = replaced(cross_entropy)
 
 @functools.wraps(nll_loss)
 def wrapped(*args, **options):
