@@ -82,7 +82,9 @@ class patch:
     Notes
     -----
     - Results are those of `ce_fast.adapters.torch`, in nats. All that its functions refuse, and all that their kernels
-      do not see, is torch's, with torch's errors. Calls that `__torch_function__` overrides are theirs to see.
+      do not see, is torch's, with torch's errors. Calls that `__torch_function__` overrides are theirs to see. Ours
+      take class indices of any integer dtype, and warn of logits that look like probabilities.
+    - A call costs 1 us more than one of `ce_fast.adapters.torch`.
     - The whole process is patched, all its threads, as by any such change; processes that it spawns are not.
     - Patches nest, and end in any order: torch has its own functions back when no patch is left. `undo()` a second
       time does nothing.
