@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ce_fast.adapters import torch_autograd as autograd
 from ce_fast.adapters import torch_linear
+from ce_fast.adapters.torch_patch import own, patch
 
 __all__ = [
     "BCELoss",
@@ -44,6 +45,7 @@ __all__ = [
     "kl_div_with_logits",
     "linear_cross_entropy",
     "nll_loss",
+    "patch",
     "poly_loss",
     "sigmoid_focal_loss",
 ]
@@ -128,7 +130,7 @@ def cross_entropy(
         return autograd.mean_cross_entropy(input, target, ignore_index)
     unseen = autograd.is_unseen(input, target, weight, sample_weight)
     if not ours and (unseen or (not target.is_floating_point() and autograd.only_torch_reads(input, target, weight))):
-        return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        return own.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     reduction = autograd.reduction_name(reduction, size_average, reduce)
     options = ignore_index, reduction, label_smoothing, smoothing, temperature, softcap, z_loss, denominator
     return autograd.class_loss(
@@ -337,7 +339,7 @@ def linear_cross_entropy(
         return torch_linear.run(input, linear_weight, linear_bias, target, ignore_index=index, **common, **ours)
     if options is not None and sample_weight is None and ours.items() >= torch_linear.PLAIN.items():
         common |= {"linear_bias": linear_bias, "ignore_index": ignore_index, "options": options}
-        return F.linear_cross_entropy(input, linear_weight, target, **common)
+        return own.linear_cross_entropy(input, linear_weight, target, **common)
     bias = None if linear_bias is None else linear_bias.flatten()
     logits = F.linear(input, linear_weight.flatten(0, -2), bias).reshape(shape)
     return cross_entropy(logits, target, ignore_index=index, **common, **ours)
@@ -369,7 +371,7 @@ def nll_loss(
     """
     unseen = autograd.is_unseen(input, target, weight)
     if unseen or target.is_floating_point() or autograd.only_torch_reads(input, target, weight):
-        return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
+        return own.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
     name = autograd.reduction_name(reduction, size_average, reduce)
     return autograd.run(
         autograd.NLL, (input, target), {"weight": weight}, unseen=unseen, ignore_index=ignore_index, reduction=name
@@ -413,7 +415,7 @@ def binary_cross_entropy_with_logits(
     unseen = autograd.is_unseen(input, target, weight, pos_weight, sample_weight)
     ours = label_smoothing or sample_weight is not None
     if (unseen and not ours) or (isinstance(target, Tensor) and not target.is_floating_point()):
-        return F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
+        return own.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
     return autograd.run(
         autograd.BCEWithLogits,
         (input, target, sample_weight),
@@ -450,14 +452,14 @@ def binary_cross_entropy(
     """
     unseen = autograd.is_unseen(input, target, weight)
     if unseen or autograd.wide(target.dtype) != autograd.wide(input.dtype):
-        return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
+        return own.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
     name = autograd.reduction_name(reduction, size_average, reduce)
     try:
         return autograd.run(
             autograd.BCE, (input, target), {"weight": weight}, unseen=unseen, dtype_of=(input,), reduction=name
         )
     except ValueError:  # as of probabilities outside [0, 1], for which torch has an error of its own
-        return F.binary_cross_entropy(input, target, weight, None, None, name)
+        return own.binary_cross_entropy(input, target, weight, None, None, name)
 
 
 @autograd.overridable
@@ -537,7 +539,7 @@ def kl_div(
         or input.ndim == 0
         or input.numel() == 0
     ):
-        return F.kl_div(input, target, size_average, reduce, reduction, log_target)
+        return own.kl_div(input, target, size_average, reduce, reduction, log_target)
     if reduction == "mean":
         warnings.warn("reduction='mean' divides by the number of elements; 'batchmean' by that of rows", stacklevel=3)
     return autograd.run(

@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 import ce_fast
 from ce_fast import backends, threads
+from ce_fast.adapters.torch_patch import own
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -203,7 +204,7 @@ class NLL(ce_fast.NLLLoss):
 
     @staticmethod
     def formula(input, target, **options):
-        return F.nll_loss(input, target, **options)
+        return own.nll_loss(input, target, **options)
 
 
 class BCEWithLogits(ce_fast.BCEWithLogitsLoss):
@@ -225,7 +226,7 @@ class BCE(ce_fast.BCELoss):
 
     @staticmethod
     def formula(input, target, **options):
-        return F.binary_cross_entropy(input, target, **options)
+        return own.binary_cross_entropy(input, target, **options)
 
 
 class SigmoidFocal(ce_fast.SigmoidFocalLoss):
@@ -247,7 +248,7 @@ class SigmoidFocal(ce_fast.SigmoidFocalLoss):
 class KLDiv(ce_fast.KLDivLoss):
     @staticmethod
     def formula(input, target, *, reduction, denominator, **_):
-        sum_ = F.kl_div(input, target, reduction="sum", log_target=True)
+        sum_ = own.kl_div(input, target, reduction="sum", log_target=True)
         return sum_ if reduction == "sum" else sum_ / denominator
 
 
