@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ce_fast.adapters import torch_autograd as autograd
 from ce_fast.adapters import torch_linear
+from ce_fast.adapters.torch_parallel import vocab_parallel_cross_entropy
 
 __all__ = [
     "BCELoss",
@@ -46,6 +47,7 @@ __all__ = [
     "nll_loss",
     "poly_loss",
     "sigmoid_focal_loss",
+    "vocab_parallel_cross_entropy",
 ]
 
 # ------------------------------------------------------------------------------------------ losses over classes

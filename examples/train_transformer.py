@@ -3,9 +3,9 @@
 
     python examples/train_transformer.py [--steps 100] [--vocabulary 32000] [--short]
 
-The three loss curves are the same but for float32 rounding, which is asserted. What differs is printed in one table: how
-long a step takes, how much of it is the unembedding and the loss, and how far memory grows. With a vocabulary of 32,000
-the logits of a batch are larger than the model; with --short (128 characters, a few steps) nothing is.
+The three loss curves are the same but for float32 rounding, which is asserted. What differs is printed in one table:
+how long a step takes, how much of it is the unembedding and the loss, and how far memory grows. With a vocabulary of
+32,000 the logits of a batch are larger than the model; with --short (128 characters, 5 steps) nothing is.
 """
 
 import argparse
