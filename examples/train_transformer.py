@@ -29,7 +29,7 @@ from ce_fast.measure import peak_growth
 
 WIDTH, HEADS, LAYERS = 128, 4, 2
 BATCH, LENGTH = 16, 128  # tokens: 2048 a step
-TOLERANCE = 1e-3  # nats: rounding grows from step to step; see `main`
+TOLERANCE = 1e-4  # nats; in 100 steps with a vocabulary of 4000 the curves came apart by 1e-6, one rounding of float32
 
 # (hidden states, unembedding, target) -> the mean loss
 LOSSES = {
