@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ce_fast.adapters import torch_autograd as autograd
 from ce_fast.adapters import torch_linear
+from ce_fast.adapters.torch_parallel import vocab_parallel_cross_entropy
 from ce_fast.adapters.torch_patch import own, patch
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "patch",
     "poly_loss",
     "sigmoid_focal_loss",
+    "vocab_parallel_cross_entropy",
 ]
 
 # ------------------------------------------------------------------------------------------ losses over classes

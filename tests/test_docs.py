@@ -18,7 +18,7 @@ MODULES = [
     "ce_fast.linear", "ce_fast.losses", "ce_fast.adapters.boosting", "ce_fast.adapters.numpy",
     "ce_fast.adapters.sklearn_classifier", "ce_fast.adapters.sklearn_display",
     "ce_fast.adapters.sklearn_loss", "ce_fast.adapters.sklearn_metrics", "ce_fast.adapters.sklearn_scorer",
-    "ce_fast.adapters.torch", "ce_fast.adapters.torch_patch",
+    "ce_fast.adapters.torch", "ce_fast.adapters.torch_parallel", "ce_fast.adapters.torch_patch",
 ]  # fmt: skip
 
 
