@@ -115,7 +115,7 @@ def cross_entropy(
     tensor([[-0.0781,  0.0571,  0.0210],
             [ 0.1060, -0.2119,  0.1060]])
     """
-    unseen = autograd.is_unseen(input, target, weight, sample_weight)
+    unseen = autograd.is_unseen(input, target, weight, sample_weight, by_operation=True)
     ours = (
         z_loss
         or smoothing != "uniform"
@@ -364,7 +364,7 @@ def nll_loss(
     >>> nll_loss(torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log(), torch.tensor([0, 1]))
     tensor(0.4904)
     """
-    unseen = autograd.is_unseen(input, target, weight)
+    unseen = autograd.is_unseen(input, target, weight, by_operation=True)
     if unseen or target.is_floating_point() or autograd.only_torch_reads(input, target, weight):
         return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
     name = autograd.reduction_name(reduction, size_average, reduce)
@@ -407,7 +407,7 @@ def binary_cross_entropy_with_logits(
     >>> binary_cross_entropy_with_logits(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.0]))
     tensor(0.2201)
     """
-    unseen = autograd.is_unseen(input, target, weight, pos_weight, sample_weight)
+    unseen = autograd.is_unseen(input, target, weight, pos_weight, sample_weight, by_operation=True)
     ours = label_smoothing or sample_weight is not None
     if (unseen and not ours) or (isinstance(target, Tensor) and not target.is_floating_point()):
         return F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
