@@ -20,6 +20,8 @@ from torch.autograd import forward_ad
 from ce_fast.adapters import torch_autograd as autograd
 
 RECORDED = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+_TRANSFORMS = {torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Vmap}  # that nodes know
 _N_TENSORS = 6  # that an operation takes: the data of a loss, then its weights, then None
 
 
@@ -28,7 +30,7 @@ class Call(NamedTuple):
 
     kind: str  # a loss of torch_autograd
     reduction: str
-    options: str  # the literal of a dict of those that are not floats
+    options: str  # the literal of a dict of those that are not numbers
     names: Sequence[str]  # of the tensors but the first, "" for data; then of the numbers
     numbers: Sequence[float]  # apart, for a graph need not be compiled again for each value
     dtype: torch.dtype
@@ -43,7 +45,9 @@ _literal = functools.lru_cache(maxsize=128)(ast.literal_eval)
 def _parts(tensors: Sequence, call: Call) -> tuple[Any, tuple, dict[str, Tensor], dict[str, Any]]:
     """(kind, data, weights, other options)"""
     n_others = len(call.names) - len(call.numbers)
-    numbers = dict(zip(call.names[n_others:], call.numbers, strict=True))
+    numbers: dict[str, Any] = dict(zip(call.names[n_others:], call.numbers, strict=True))
+    if type(numbers.get("ignore_index")) is float:
+        numbers["ignore_index"] = int(numbers["ignore_index"])
     weights = {name: t for name, t in zip(call.names[:n_others], tensors[1:], strict=False) if name}
     data = tuple(tensors[: n_others + 1 - len(weights)])
     return (
@@ -282,25 +286,22 @@ def _divisor(call: Call, *tensors) -> Tensor:
 # ------------------------------------------------------------------------------------------ calls
 
 
-@torch._dynamo.assume_constant_result
-def _is_transformed(dynamo: bool) -> bool:
-    """Whether torch.func does with the call what the nodes cannot do: forward mode, or any transform in Dynamo."""
-    keys = [interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
-    return torch._C._functorch.TransformType.Jvp in keys or bool(dynamo and keys) or forward_ad._current_level >= 0
-
-
 def record() -> bool:
     """Whether what records or transforms the call just now takes these operations."""
-    return not (torch.jit.is_tracing() or _is_transformed(torch.compiler.is_dynamo_compiling()))
+    if torch.jit.is_tracing() or forward_ad._current_level >= 0:
+        return False
+    if not torch._C._are_functorch_transforms_active():
+        return True
+    # by Dynamo a node cannot be transformed
+    return not torch.compiler.is_dynamo_compiling() and _TRANSFORMS.issuperset(
+        interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()
+    )
 
 
 def run(kind, dtype: torch.dtype, data: tuple, weights: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
     """The loss as an operation."""
-    numbers: dict[str, Any] = {
-        name: value for name, value in options.items() if isinstance(value, (float, torch.SymFloat))
-    }
-    others = [f"{name!r}: {value!r}" for name, value in options.items() if name not in numbers and name != "reduction"]
-    tensors = (*data, *weights.values())
-    names = [*[""] * (len(data) - 1), *weights, *numbers]
-    call = Call(kind.__name__, options["reduction"], f"{{{', '.join(others)}}}", names, list(numbers.values()), dtype)
+    numbers = {k: float(v) for k, v in options.items() if isinstance(v, _NUMBERS) and not isinstance(v, bool)}
+    literal = ", ".join(f"{k!r}: {v!r}" for k, v in options.items() if k not in numbers and k != "reduction")
+    names, tensors = [*[""] * (len(data) - 1), *weights, *numbers], (*data, *weights.values())
+    call = Call(kind.__name__, options["reduction"], f"{{{literal}}}", names, list(numbers.values()), dtype)
     return _apply(_Loss, *tensors, *(None,) * (_N_TENSORS - len(tensors)), *call)
