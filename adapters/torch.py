@@ -130,7 +130,7 @@ def cross_entropy(
     plain = weight is None and size_average is None and reduce is None and reduction == "mean" and not label_smoothing
     if plain and not ours and autograd.is_common(input, target):
         return autograd.mean_cross_entropy(input, target, ignore_index)
-    unseen = autograd.is_unseen(input, target, weight, sample_weight)
+    unseen = autograd.is_unseen(input, target, weight, sample_weight, by_operation=True)
     if not ours and (unseen or (not target.is_floating_point() and autograd.only_torch_reads(input, target, weight))):
         return own.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     reduction = autograd.reduction_name(reduction, size_average, reduce)
@@ -371,7 +371,7 @@ def nll_loss(
     >>> nll_loss(torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log(), torch.tensor([0, 1]))
     tensor(0.4904)
     """
-    unseen = autograd.is_unseen(input, target, weight)
+    unseen = autograd.is_unseen(input, target, weight, by_operation=True)
     if unseen or target.is_floating_point() or autograd.only_torch_reads(input, target, weight):
         return own.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
     name = autograd.reduction_name(reduction, size_average, reduce)
@@ -414,7 +414,7 @@ def binary_cross_entropy_with_logits(
     >>> binary_cross_entropy_with_logits(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.0]))
     tensor(0.2201)
     """
-    unseen = autograd.is_unseen(input, target, weight, pos_weight, sample_weight)
+    unseen = autograd.is_unseen(input, target, weight, pos_weight, sample_weight, by_operation=True)
     ours = label_smoothing or sample_weight is not None
     if (unseen and not ours) or (isinstance(target, Tensor) and not target.is_floating_point()):
         return own.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)

@@ -423,16 +423,24 @@ def _recorded() -> bool:
     )
 
 
-def is_unseen(input, target, *others) -> bool:
-    """Whether the kernels cannot do the call on these tensors, of which only input may need a gradient."""
-    if _recorded() or _foreign(input) or input.dtype not in _FLOATS:
+def is_unseen(input, target, *others, by_operation: bool = False) -> bool:
+    """Whether the kernels cannot do the call on these tensors, of which only input may need a gradient.
+
+    By an operation of torch they also do it where it is recorded.
+    """
+    types = _PLAIN
+    if _recorded():
+        if not (by_operation and torch_ops.record()):
+            return True
+        types = torch_ops.RECORDED
+    if _foreign(input, types) or input.dtype not in _FLOATS:
         return True
     rest = [target, *(other for other in others if other is not None and type(other) not in (float, int))]
-    return any(_foreign(tensor) or (tensor.requires_grad and torch.is_grad_enabled()) for tensor in rest)
+    return any(_foreign(tensor, types) or (tensor.requires_grad and torch.is_grad_enabled()) for tensor in rest)
 
 
-def _foreign(tensor) -> bool:
-    return type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.layout != torch.strided
+def _foreign(tensor, types: tuple[type, ...]) -> bool:
+    return type(tensor) not in types or not tensor.is_cpu or tensor.layout != torch.strided
 
 
 def _make(kind, **options):
@@ -457,7 +465,7 @@ def run(
     and then by the weights.
     """
     if unseen is None:
-        unseen = is_unseen(*data, *weights.values())
+        unseen = is_unseen(*data, *weights.values(), by_operation=True)
     tensors = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
     options |= {name: weight for name, weight in weights.items() if name not in tensors}
     input, target = data[:2]
@@ -470,23 +478,35 @@ def run(
     if dtype_of is None:
         dtype_of = (input, target, *tensors.values()) if target.is_floating_point() else (input,)
     dtype = functools.reduce(torch.promote_types, [wide(tensor.dtype) for tensor in dtype_of])
+    recorded = _recorded()
+    if (unseen or recorded) and not torch.compiler.is_compiling():
+        make_once(kind, **options)  # checks the options
     if unseen:
-        if not torch.compiler.is_compiling():
-            make_once(kind, **options)  # checks the options
-        seen = _compute((*data, *tensors.values()))
-        named = dict(zip(tensors, seen[len(data) :], strict=True))
-        return kind.formula(*seen[: len(data)], **named, **options).to(dtype)
+        return by_formula(kind, data, tensors, options).to(dtype)
+    if recorded:
+        return torch_ops.run(kind, dtype, data, tensors, options)
+    loss = loss_of(kind, input, tensors, options)
+    if input.requires_grad and torch.is_grad_enabled():
+        formula = functools.partial(kind.formula, **options)
+        return _Kernels.apply(loss, formula, tuple(tensors), dtype, None, *data, *tensors.values())
+    return _tensor(loss(*_arrays(data)), dtype)
+
+
+def by_formula(kind, data: tuple, tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
+    seen = _compute((*data, *tensors.values()))
+    named = dict(zip(tensors, seen[len(data) :], strict=True))
+    return kind.formula(*seen[: len(data)], **named, **options)
+
+
+def loss_of(kind, input: Tensor, tensors: dict[str, Tensor], options: dict[str, Any]):
+    """The loss that the kernels compute for this input, with weights as arrays."""
     fields, more = kind.__dataclass_fields__, {}
     if "class_axis" in fields and "class_axis" not in options:
         more["class_axis"] = _class_axis(input)
     if "n_threads" in fields:
         more["n_threads"] = 1 if input.numel() < threads.SERIAL_LOGITS else torch.get_num_threads()
     arrays: dict[str, Any] = {name: _array(tensor) for name, tensor in tensors.items()}
-    loss = (_make if tensors else make_once)(kind, **arrays, **more, **options)
-    if input.requires_grad and torch.is_grad_enabled():
-        formula = functools.partial(kind.formula, **options)
-        return _Kernels.apply(loss, formula, tuple(tensors), dtype, None, *data, *tensors.values())
-    return _tensor(loss(*_arrays(data)), dtype)
+    return (_make if tensors else make_once)(kind, **arrays, **more, **options)
 
 
 def is_common(input: Tensor, target: Tensor) -> bool:
@@ -564,3 +584,6 @@ def class_loss(kind, data: tuple, weights: dict[str, Any], *options, **more) -> 
     named: dict[str, Any] = dict(zip(_CLASS_OPTIONS, options, strict=True))
     check_ignore_index(named["ignore_index"], data[1])
     return run(kind, data, weights, **named, **more)
+
+
+from ce_fast.adapters import torch_ops  # noqa: E402  its nodes need the losses above, and the ways above need it
