@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ce_fast.adapters import torch_autograd as autograd
-from ce_fast.adapters import torch_linear
+from ce_fast.adapters import torch_kl, torch_linear
 from ce_fast.adapters.torch_parallel import vocab_parallel_cross_entropy
 from ce_fast.adapters.torch_patch import own, patch
 
@@ -72,6 +72,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     denominator: str | float = "weight",
     sample_weight: Tensor | None = None,
+    inplace_backward: bool = False,
 ) -> Tensor:
     """Cross-entropy of logits against class indices or class probabilities, in nats: a drop-in for torch's own.
 
@@ -87,6 +88,11 @@ def cross_entropy(
         As in `ce_fast.CrossEntropyLoss`.
     sample_weight : Tensor, optional
         Of the shape of the class indices, finite and not negative; a boolean tensor is a mask.
+    inplace_backward : bool, default=False
+        Gradients take the memory of `input`, so that loss and backward need less than 2 MiB more. `input` must be the
+        result of an operation, and from this call on is the loss's own: a mean or sum overwrites it at once, 16-bit
+        logits and reduction="none" in backward. Other uses of it are then errors in backward, as is a second backward.
+        Does nothing where no gradient is needed or `torch.compile` or `torch.func` see the call.
 
     Returns
     -------
@@ -128,7 +134,7 @@ def cross_entropy(
         or sample_weight is not None
     )
     plain = weight is None and size_average is None and reduce is None and reduction == "mean" and not label_smoothing
-    if plain and not ours and autograd.is_common(input, target):
+    if plain and not ours and not inplace_backward and autograd.is_common(input, target):
         return autograd.mean_cross_entropy(input, target, ignore_index)
     unseen = autograd.is_unseen(input, target, weight, sample_weight, by_operation=True)
     if not ours and (unseen or (not target.is_floating_point() and autograd.only_torch_reads(input, target, weight))):
@@ -136,7 +142,12 @@ def cross_entropy(
     reduction = autograd.reduction_name(reduction, size_average, reduce)
     options = ignore_index, reduction, label_smoothing, smoothing, temperature, softcap, z_loss, denominator
     return autograd.class_loss(
-        autograd.CrossEntropy, (input, target, sample_weight), {"weight": weight}, *options, unseen=unseen
+        autograd.CrossEntropy,
+        (input, target, sample_weight),
+        {"weight": weight},
+        *options,
+        unseen=unseen,
+        in_place=inplace_backward,
     )
 
 
@@ -157,6 +168,7 @@ def focal_loss(
     z_loss: float = 0.0,
     denominator: str | float = "weight",
     sample_weight: Tensor | None = None,
+    inplace_backward: bool = False,
 ) -> Tensor:
     """Focal loss over classes: the cross-entropy of each class times (1 - p)^gamma and `alpha`, in nats.
 
@@ -176,7 +188,12 @@ def focal_loss(
     """
     options = ignore_index, reduction, label_smoothing, smoothing, temperature, softcap, z_loss, denominator
     return autograd.class_loss(
-        autograd.Focal, (input, target, sample_weight), {"weight": weight, "alpha": alpha}, *options, gamma=gamma
+        autograd.Focal,
+        (input, target, sample_weight),
+        {"weight": weight, "alpha": alpha},
+        *options,
+        gamma=gamma,
+        in_place=inplace_backward,
     )
 
 
@@ -196,6 +213,7 @@ def poly_loss(
     z_loss: float = 0.0,
     denominator: str | float = "weight",
     sample_weight: Tensor | None = None,
+    inplace_backward: bool = False,
 ) -> Tensor:
     """Poly-1 loss: the cross-entropy of each class plus epsilon (1 - p).
 
@@ -215,7 +233,12 @@ def poly_loss(
     """
     options = ignore_index, reduction, label_smoothing, smoothing, temperature, softcap, z_loss, denominator
     return autograd.class_loss(
-        autograd.Poly, (input, target, sample_weight), {"weight": weight}, *options, epsilon=epsilon
+        autograd.Poly,
+        (input, target, sample_weight),
+        {"weight": weight},
+        *options,
+        epsilon=epsilon,
+        in_place=inplace_backward,
     )
 
 
@@ -235,6 +258,7 @@ def generalized_cross_entropy(
     z_loss: float = 0.0,
     denominator: str | float = "weight",
     sample_weight: Tensor | None = None,
+    inplace_backward: bool = False,
 ) -> Tensor:
     """Generalized cross-entropy, (1 - p^q) / q of each class: robust against wrong labels.
 
@@ -254,7 +278,12 @@ def generalized_cross_entropy(
     """
     options = ignore_index, reduction, label_smoothing, smoothing, temperature, softcap, z_loss, denominator
     return autograd.class_loss(
-        autograd.GeneralizedCrossEntropy, (input, target, sample_weight), {"weight": weight}, *options, q=q
+        autograd.GeneralizedCrossEntropy,
+        (input, target, sample_weight),
+        {"weight": weight},
+        *options,
+        q=q,
+        in_place=inplace_backward,
     )
 
 
@@ -515,7 +544,7 @@ def kl_div(
 ) -> Tensor:
     """Kullback-Leibler divergence of log-probabilities from the target, element by element: a drop-in for torch's own.
 
-    The kernels take `log_target=True` with a mean, batchmean or sum; all else goes to torch's function.
+    Nothing of input's size is made but the result of reduction="none" and the gradient.
 
     Parameters
     ----------
@@ -531,12 +560,11 @@ def kl_div(
     tensor(0.1308)
     """
     if (
-        not log_target
-        or size_average is not None
+        size_average is not None
         or reduce is not None
-        or reduction not in ("mean", "batchmean", "sum")
+        or reduction not in ("mean", "batchmean", "sum", "none")
         or autograd.is_unseen(input, target)
-        or not target.is_floating_point()
+        or target.dtype not in autograd._FLOATS
         or input.shape != target.shape
         or input.ndim == 0
         or input.numel() == 0
@@ -544,6 +572,8 @@ def kl_div(
         return own.kl_div(input, target, size_average, reduce, reduction, log_target)
     if reduction == "mean":
         warnings.warn("reduction='mean' divides by the number of elements; 'batchmean' by that of rows", stacklevel=3)
+    if reduction == "none" or not log_target:
+        return torch_kl.run(input, target, reduction, log_target)
     return autograd.run(
         autograd.KLDiv,
         (input, target),
@@ -699,7 +729,8 @@ class _Module(torch.nn.Module):
                 setattr(self, name, value)
         self._held = tuple(held)
         if self._kind is not None:
-            autograd.make_once(self._kind, **{name: value for name, value in held.items() if name not in self._buffers})
+            others = {*self._buffers, "inplace_backward"}
+            autograd.make_once(self._kind, **{name: value for name, value in held.items() if name not in others})
 
     def _options(self) -> dict[str, Any]:
         held = self.__dict__  # a module's own getattr, for buffers, takes ten times as long

@@ -3,6 +3,7 @@ graph, and which way a call goes.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -358,26 +360,38 @@ class _Kernels(torch.autograd.Function):
     A mean or sum has one upstream gradient u, and d(u l)/dx = u dl/dx: dl/dx is computed along with l in one pass,
     and given away at the first backward. A later backward, and reduction "none", compute it from the logits. The last
     `names` of the tensors are options of the formula; `done` is (l, dl/dx) where both are known already.
+
+    In place it takes the memory of the logits, from which nothing can be computed any more; that of 16-bit logits only
+    in backward, where the factor is known that must come before the rounding.
     """
 
     @staticmethod
-    def forward(ctx, loss, formula, names, dtype, done, *tensors):
+    def forward(ctx, loss, formula, names, dtype, in_place, done, *tensors):
         ctx.save_for_backward(*tensors)
-        ctx.loss, ctx.formula, ctx.names, ctx.gradient = loss, formula, names, None
+        ctx.loss, ctx.formula, ctx.names, ctx.in_place, ctx.gradient = loss, formula, names, in_place, None
+        ctx.overwritten = in_place and loss.reduction != "none" and tensors[0].itemsize > 2
         if done is None:
             given = _arrays(tensors[: len(tensors) - len(names)])
-            if loss.reduction == "none":
+            if loss.reduction == "none" or (in_place and not ctx.overwritten):
                 return _tensor(loss(*given), dtype)
-            done = loss.value_and_grad(*given)
+            done = loss.value_and_grad(*given, out=given[0] if in_place else None)
+            if in_place:
+                increment_version(tensors[0])
         value, gradient = done
         ctx.gradient = _gradient_tensor(gradient)
         return _tensor(value, dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor):  # type: ignore[override]
-        gradient = (_formula_gradient if _is_differentiated(upstream) else _kernel_gradient)(ctx, upstream)
+        differentiated = _is_differentiated(upstream)
+        if ctx.overwritten and (differentiated or ctx.gradient is None):
+            raise RuntimeError(
+                "inplace_backward=True: the logits are overwritten by their gradient, of which there is "
+                "no second one, and no gradient of a gradient"
+            )
+        gradient = (_formula_gradient if differentiated else _kernel_gradient)(ctx, upstream)
         n_arguments = len(ctx.needs_input_grad)
-        return *(None,) * 5, gradient, *(None,) * (n_arguments - 6)
+        return *(None,) * 6, gradient, *(None,) * (n_arguments - 7)
 
 
 def _is_differentiated(upstream: Tensor) -> bool:
@@ -405,6 +419,9 @@ def _kernel_gradient(ctx: Any, upstream: Tensor) -> Tensor:
         tensors = ctx.saved_tensors
         given = _arrays(tensors[: len(tensors) - len(ctx.names)])
         out = None if gradient is None else _array(gradient)
+        if ctx.in_place:
+            out, ctx.overwritten = given[0], True
+            increment_version(tensors[0])
         return _gradient_tensor(ctx.loss.value_and_grad(*given, out=out, upstream=factor)[1])
     return gradient if factor == 1 else gradient.mul_(factor)
 
@@ -457,9 +474,10 @@ def run(
     *,
     unseen: bool | None = None,
     dtype_of: tuple[Tensor, ...] | None = None,
+    in_place: bool = False,
     **options,
 ) -> Tensor:
-    """A loss of the data by kernels, or by the formula.
+    """A loss of the data by kernels, or by the formula; `in_place` is for kernels alone.
 
     The result has the dtype of `dtype_of`: by default of the first tensor, promoted by a second one of a floating dtype
     and then by the weights.
@@ -487,8 +505,10 @@ def run(
         return torch_ops.run(kind, dtype, data, tensors, options)
     loss = loss_of(kind, input, tensors, options)
     if input.requires_grad and torch.is_grad_enabled():
+        if in_place:
+            _check_overwritable(input)
         formula = functools.partial(kind.formula, **options)
-        return _Kernels.apply(loss, formula, tuple(tensors), dtype, None, *data, *tensors.values())
+        return _Kernels.apply(loss, formula, tuple(tensors), dtype, in_place, None, *data, *tensors.values())
     return _tensor(loss(*_arrays(data)), dtype)
 
 
@@ -544,8 +564,19 @@ def mean_cross_entropy(input: Tensor, target: Tensor, ignore_index: int) -> Tens
         return _tensor(done[0], dtype)
     loss, formula = _common(ignore_index, 1 if small else torch.get_num_threads())
     if needs_gradient:
-        return _Kernels.apply(loss, formula, (), dtype, done, input, target, None)
+        return _Kernels.apply(loss, formula, (), dtype, False, done, input, target, None)
     return _tensor(loss(_array(input), _array(target)), dtype)
+
+
+def _check_overwritable(input: Tensor) -> None:
+    """Of the kind of errors that torch's own operations in place raise."""
+    if input.is_leaf or (input._base is not None and input._base.is_leaf and input._base.requires_grad):
+        raise RuntimeError(
+            "inplace_backward=True of a leaf that requires grad, or a view of one: its values would be lost; "
+            "expected the result of an operation"
+        )
+    if 0 in (stride for stride, n in zip(input.stride(), input.shape, strict=True) if n > 1):
+        raise RuntimeError(f"inplace_backward=True of an expanded tensor, of strides {input.stride()}: clone it first")
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Tensor])
@@ -558,9 +589,29 @@ def overridable(function: _Function) -> _Function:
     def call(*args, **options):
         if has_torch_function_variadic(None):  # asks for modes alone
             return handle_torch_function(call, (), *args, **options)
-        return function(*args, **options)
+        try:
+            return function(*args, **options)
+        except (TypeError, ValueError) as refused:
+            raise _as_torch(refused, function, args, options) from None
 
     return call  # type: ignore[return-value]
+
+
+def _as_torch(refused: Exception, function: Callable, args: tuple, options: dict[str, Any]) -> Exception:
+    """What was refused, as the kind of error that torch's own function raises, if there is one and it does."""
+    own, defaults = getattr(F, function.__name__, None), inspect.signature(function).parameters
+    if own is None:
+        return refused
+    ours = options.keys() - inspect.signature(own).parameters.keys()
+    if any(name not in defaults or options[name] is not defaults[name].default for name in ours):
+        return refused
+    options = {name: value for name, value in options.items() if name not in ours}
+    try:
+        own(*args, **options)
+    except (RuntimeError, TypeError, ValueError, IndexError) as theirs:
+        if not isinstance(refused, type(theirs)):
+            return type(theirs)(str(refused))
+    return refused
 
 
 def reduction_name(reduction: str, size_average: bool | None, reduce: bool | None) -> str:

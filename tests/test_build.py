@@ -17,8 +17,8 @@ PYTHON = {
     "backends/__init__", "backends/compiled", "backends/numba", "backends/numba_columns", "backends/numba_elements",
     "backends/numba_math", "backends/numba_rows",
     "adapters/__init__", "adapters/boosting", "adapters/numpy", "adapters/torch",
-    "adapters/torch_autograd", "adapters/torch_linear", "adapters/torch_ops", "adapters/torch_parallel",
-    "adapters/torch_patch",
+    "adapters/torch_autograd", "adapters/torch_kl", "adapters/torch_linear", "adapters/torch_ops",
+    "adapters/torch_parallel", "adapters/torch_patch",
     "adapters/sklearn", "adapters/sklearn_classifier", "adapters/sklearn_display", "adapters/sklearn_inputs",
     "adapters/sklearn_loss", "adapters/sklearn_metrics", "adapters/sklearn_scorer",
 }  # fmt: skip
