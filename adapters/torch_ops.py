@@ -32,12 +32,14 @@ class Call(NamedTuple):
     reduction: str
     options: str  # the literal of a dict of those that are not numbers
     names: Sequence[str]  # of the tensors but the first, "" for data; then of the numbers
-    numbers: Sequence[float]  # apart, for a graph need not be compiled again for each value
+    numbers: Sequence[int | float]  # apart, for a graph need not be compiled again for each value
     dtype: torch.dtype
 
 
 _TENSORS = "Tensor input, Tensor target, Tensor? a, Tensor? b, Tensor? c, Tensor? d"
-_SCHEMA = f"{_TENSORS}, str kind, str reduction, str options, str[] names, float[] numbers, ScalarType dtype) -> Tensor"
+_SCHEMA = (
+    f"{_TENSORS}, str kind, str reduction, str options, str[] names, Scalar[] numbers, ScalarType dtype) -> Tensor"
+)
 
 _literal = functools.lru_cache(maxsize=128)(ast.literal_eval)
 
@@ -45,9 +47,7 @@ _literal = functools.lru_cache(maxsize=128)(ast.literal_eval)
 def _parts(tensors: Sequence, call: Call) -> tuple[Any, tuple, dict[str, Tensor], dict[str, Any]]:
     """(kind, data, weights, other options)"""
     n_others = len(call.names) - len(call.numbers)
-    numbers: dict[str, Any] = dict(zip(call.names[n_others:], call.numbers, strict=True))
-    if type(numbers.get("ignore_index")) is float:
-        numbers["ignore_index"] = int(numbers["ignore_index"])
+    numbers = dict(zip(call.names[n_others:], call.numbers, strict=True))
     weights = {name: t for name, t in zip(call.names[:n_others], tensors[1:], strict=False) if name}
     data = tuple(tensors[: n_others + 1 - len(weights)])
     return (
@@ -80,7 +80,7 @@ def _loss(*args):
 def _(input, *args):
     tensors, call = _split((input, *args))
     kind, _, _, options = _parts(tensors, call)
-    if all(type(number) is float for number in call.numbers):  # not those of a graph for any number
+    if all(type(number) in (int, float) for number in call.numbers):  # not those of a graph for any number
         autograd.make_once(kind, **options)  # checks the options
     return input.new_empty(_rows_shape(input, call) if call.reduction == "none" else (), dtype=call.dtype)
 
@@ -300,7 +300,7 @@ def record() -> bool:
 
 def run(kind, dtype: torch.dtype, data: tuple, weights: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
     """The loss as an operation."""
-    numbers = {k: float(v) for k, v in options.items() if isinstance(v, _NUMBERS) and not isinstance(v, bool)}
+    numbers: dict[str, Any] = {k: v for k, v in options.items() if isinstance(v, _NUMBERS) and not isinstance(v, bool)}
     literal = ", ".join(f"{k!r}: {v!r}" for k, v in options.items() if k not in numbers and k != "reduction")
     names, tensors = [*[""] * (len(data) - 1), *weights, *numbers], (*data, *weights.values())
     call = Call(kind.__name__, options["reduction"], f"{{{literal}}}", names, list(numbers.values()), dtype)

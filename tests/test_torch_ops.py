@@ -300,6 +300,17 @@ def test_inductor_runs_the_kernels_between_its_own(dtype, runs):
     torch.testing.assert_close(actual, step(loss)(x, t))
 
 
+def test_a_number_that_changes_is_not_compiled_again(runs):
+    x, t = logits(3, K), indices(3, K)
+    compiled = torch.compile(
+        lambda x, t, to: adapter.cross_entropy(x, t, temperature=to), backend="eager", fullgraph=True, dynamic=True
+    )
+    for temperature in (2.0, 3.0, 0.5, 4.0, 5.0):
+        expected = F.cross_entropy(x / temperature, t)
+        torch.testing.assert_close(compiled(x, t, temperature), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
 def test_compiled_transforms_and_targets_with_gradients_equal_torchs():
     x, y = logits(3, K), probabilities(3, K)
 
