@@ -1,8 +1,9 @@
 """PyTorch: the losses as torch and torchvision have them, on CPU tensors, loss and gradient in one pass.
 
-What the kernels do not see (other devices, `torch.compile`, `torch.func`, tensor subclasses, targets or weights that
-need a gradient) goes to torch's own function, and where torch has none, or an option of ours is in use, to the loss's
-formula in torch's operations. `torch.get_num_threads()` is obeyed and never set.
+`torch.compile`, `torch.export`, `torch.func.grad` and `vmap` see an operation that runs the kernels. What these do not
+do (other devices, forward mode, tensor subclasses, targets or weights that need a gradient) goes to torch's own
+function, and where torch has none, or an option of ours is in use, to the loss's formula in torch's operations.
+`torch.get_num_threads()` is obeyed and never set.
 
 Losses over classes take (C), (N, C) or (N, C, d1, ..., dK), as `torch.nn.functional.cross_entropy` does. Results and
 gradients have the dtypes that torch gives; 16-bit tensors are computed in float32 and rounded once.
