@@ -592,6 +592,8 @@ def overridable(function: _Function) -> _Function:
         try:
             return function(*args, **options)
         except (TypeError, ValueError) as refused:
+            if torch.compiler.is_compiling():
+                raise
             raise _as_torch(refused, function, args, options) from None
 
     return call  # type: ignore[return-value]
@@ -599,15 +601,15 @@ def overridable(function: _Function) -> _Function:
 
 def _as_torch(refused: Exception, function: Callable, args: tuple, options: dict[str, Any]) -> Exception:
     """What was refused, as the kind of error that torch's own function raises, if there is one and it does."""
-    own, defaults = getattr(F, function.__name__, None), inspect.signature(function).parameters
-    if own is None:
+    torchs, defaults = getattr(own, function.__name__, None), inspect.signature(function).parameters
+    if torchs is None:
         return refused
-    ours = options.keys() - inspect.signature(own).parameters.keys()
+    ours = options.keys() - inspect.signature(torchs).parameters.keys()
     if any(name not in defaults or options[name] is not defaults[name].default for name in ours):
         return refused
     options = {name: value for name, value in options.items() if name not in ours}
     try:
-        own(*args, **options)
+        torchs(*args, **options)
     except (RuntimeError, TypeError, ValueError, IndexError) as theirs:
         if not isinstance(refused, type(theirs)):
             return type(theirs)(str(refused))
