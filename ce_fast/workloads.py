@@ -274,6 +274,23 @@ def _autograd(shape: Shape, n_threads: int) -> Calls:
     }
 
 
+def _no_grad(shape: Shape, n_threads: int) -> Calls:
+    if not installed("torch"):
+        return {}
+    import torch
+
+    from ce_fast.adapters import torch as adapter
+
+    logits, target = (torch.from_numpy(array) for array in make_logits(shape))
+
+    def under_no_grad(function):
+        with torch.no_grad():
+            return function(logits, target)
+
+    functions = {OURS: adapter.cross_entropy, TORCH: torch.nn.functional.cross_entropy}
+    return {name: partial(under_no_grad, function) for name, function in functions.items()}
+
+
 def make_linear(shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(hidden states, classifier, class indices) whose logits have this shape and a standard deviation of 3."""
     rng = np.random.default_rng(0)
@@ -467,5 +484,7 @@ WORKLOADS = (
         )
     ),
     Workload("small", "one small call, one thread", (32, 10), _forward, (Peer(TORCH, 2, 5),)),
+    Workload("small-torch", "torch: one small call under no_grad", (32, 10), _no_grad, (Peer(TORCH, 1, 2),)),
+    Workload("small-autograd", "torch: a small loss and backward", (32, 10), _autograd, (Peer(TORCH, 1, 2),)),
 )
 BY_NAME = {workload.name: workload for workload in WORKLOADS}

@@ -34,14 +34,9 @@ CALLS = {
         "bfloat16",
         "torch.autocast('cpu').__call__(lambda: backward(ours.cross_entropy(logits, index)))()",
     ),
-    "kl_div": ("float32", "backward(ours.kl_div(logits, probabilities, reduction='batchmean'))"),
     "kl_div_of_elements": (
         "float32",
         "(loss := ours.kl_div(logits, probabilities, reduction='none')), backward(loss.sum())",
-    ),
-    "kl_div_autocast": (
-        "bfloat16",
-        "torch.autocast('cpu').__call__(lambda: backward(ours.kl_div(logits, probabilities, reduction='sum')))()",
     ),
 }
 
