@@ -92,7 +92,8 @@ def cross_entropy(
     inplace_backward : bool, default=False
         Gradients take the memory of `input`, so that loss and backward need less than 2 MiB more. `input` must be the
         result of an operation, and from this call on is the loss's own: a mean or sum overwrites it at once, 16-bit
-        logits and reduction="none" in backward. Other uses of it are then errors in backward, as is a second backward.
+        logits and reduction="none" in backward. Other uses before are then errors in backward, as is a second backward;
+        uses after the call read the gradient.
         Does nothing where no gradient is needed or `torch.compile` or `torch.func` see the call.
 
     Returns
@@ -705,6 +706,7 @@ class _Module(torch.nn.Module):
     _function: ClassVar[Callable[..., Tensor]]
     _kind: ClassVar[type | None]
     _hidden: ClassVar[frozenset[str]]  # what torch's module has, and does not show either
+    _defaults: ClassVar[dict[str, Any]]
     __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, function=None, kind=None, **rest):
@@ -713,6 +715,7 @@ class _Module(torch.nn.Module):
             parameters = inspect.signature(function).parameters.values()
             options = [p for p in parameters if p.default is not p.empty and p.name not in ("target", "sample_weight")]
             cls._function, cls._kind, cls.__signature__ = staticmethod(function), kind, inspect.Signature(options)
+            cls._defaults = {p.name: p.default for p in options}
             cls._hidden = frozenset(inspect.signature(cls.__mro__[2]).parameters)
 
     def __init__(self, *args, **options):
@@ -734,13 +737,15 @@ class _Module(torch.nn.Module):
             autograd.make_once(self._kind, **{name: value for name, value in held.items() if name not in others})
 
     def _options(self) -> dict[str, Any]:
-        held = self.__dict__  # a module's own getattr, for buffers, takes ten times as long
-        return {name: held[name] if name in held else getattr(self, name) for name in self._held}
+        """Those that are not the function's defaults; by a module's own getattr they would take ten times as long."""
+        held, defaults = self.__dict__, self._defaults
+        buffers = self._buffers
+        given = ((name, held[name] if name in held else buffers[name]) for name in self._held)
+        return {name: value for name, value in given if value is not defaults[name]}
 
     def extra_repr(self) -> str:
-        defaults = {name: parameter.default for name, parameter in self.__signature__.parameters.items()}
         shown = [name for name in self._held if name not in self._hidden and name not in self._buffers]
-        return ", ".join(f"{k}={v!r}" for k in shown if (v := getattr(self, k)) != defaults[k])
+        return ", ".join(f"{k}={v!r}" for k in shown if (v := getattr(self, k)) != self._defaults[k])
 
     def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss; arguments and result as in the function, of which some take no `sample_weight`."""

@@ -396,8 +396,7 @@ class _Kernels(torch.autograd.Function):
 
 def _is_differentiated(upstream: Tensor) -> bool:
     """Whether a backward is itself differentiated, batched or transformed."""
-    batched = torch._C._functorch.is_legacy_batchedtensor(upstream)  # by autograd.grad(is_grads_batched=True)
-    return torch.is_grad_enabled() or batched or _recorded()
+    return torch.is_grad_enabled() or _is_batched(upstream) or _recorded()
 
 
 def _formula_gradient(ctx: Any, upstream: Tensor) -> Tensor:
@@ -457,7 +456,14 @@ def is_unseen(input, target, *others, by_operation: bool = False) -> bool:
 
 
 def _foreign(tensor, types: tuple[type, ...]) -> bool:
-    return type(tensor) not in types or not tensor.is_cpu or tensor.layout != torch.strided
+    if type(tensor) not in types or not tensor.is_cpu or tensor.layout != torch.strided:
+        return True
+    return types is _PLAIN and (
+        _is_batched(tensor) or (not tensor.data_ptr() and tensor.numel() > 0)
+    )  # freed, or zeros
+
+
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # by autograd.grad(is_grads_batched=True)
 
 
 def _make(kind, **options):
@@ -508,7 +514,10 @@ def run(
         if in_place:
             _check_overwritable(input)
         formula = functools.partial(kind.formula, **options)
-        return _Kernels.apply(loss, formula, tuple(tensors), dtype, in_place, None, *data, *tensors.values())
+        result = _Kernels.apply(loss, formula, tuple(tensors), dtype, in_place, None, *data, *tensors.values())
+        if in_place:
+            input._ce_fast_version = input._version  # type: ignore[attr-defined]  # so that no other loss takes it
+        return result
     return _tensor(loss(*_arrays(data)), dtype)
 
 
@@ -543,6 +552,10 @@ def is_common(input: Tensor, target: Tensor) -> bool:
         and input.layout is torch.strided
         and target.layout is torch.strided
         and not _recorded()
+        and not _is_batched(input)
+        and not _is_batched(target)
+        and input.data_ptr() != 0
+        and target.data_ptr() != 0
     )
 
 
@@ -556,9 +569,12 @@ def _common(ignore_index: int, n_threads: int) -> tuple[CrossEntropy, Callable[.
 def mean_cross_entropy(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """The call that is made most, of tensors that `is_common`: (32, 10) takes 5 us, `run` 30."""
     dtype, needs_gradient, done = input.dtype, input.requires_grad and torch.is_grad_enabled(), None
-    small = input.numel() < threads.SERIAL_LOGITS
-    if small and input.is_contiguous() and target.is_contiguous() and len(input) == len(target) and not input.is_neg():
-        where = input.data_ptr(), dtype is torch.float64, *input.shape, target.data_ptr()
+    n_rows, n_classes = input.shape
+    small = n_rows * n_classes < threads.SERIAL_LOGITS
+    x, t, plain = input.data_ptr(), target.data_ptr(), input.is_contiguous() and target.is_contiguous()
+    plain = plain and not (input.is_neg() or target.is_neg() or x % input.itemsize or t % 8)
+    if small and plain and target.numel() == n_rows:
+        where = x, dtype is torch.float64, n_rows, n_classes, t
         done = backends.active().small_call_at(*where, ignore_index, needs_gradient)
     if done is not None and not needs_gradient:
         return _tensor(done[0], dtype)
@@ -570,6 +586,8 @@ def mean_cross_entropy(input: Tensor, target: Tensor, ignore_index: int) -> Tens
 
 def _check_overwritable(input: Tensor) -> None:
     """Of the kind of errors that torch's own operations in place raise."""
+    if getattr(input, "_ce_fast_version", None) == input._version:
+        raise RuntimeError("inplace_backward=True of logits that another such loss has taken already")
     if input.is_leaf or (input._base is not None and input._base.is_leaf and input._base.requires_grad):
         raise RuntimeError(
             "inplace_backward=True of a leaf that requires grad, or a view of one: its values would be lost; "

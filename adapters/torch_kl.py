@@ -41,9 +41,10 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _each(do: Callable, *tensors: Tensor) -> list:
     """What it gives for each piece, in any order; done by as many threads as torch has."""
     n_threads = 1 if tensors[0].numel() < threads.SERIAL_LOGITS else torch.get_num_threads()
+    inference = torch.is_inference_mode_enabled()
 
     def share(first: int) -> list:
-        with torch.no_grad():  # each thread has a mode of its own
+        with torch.no_grad(), torch.inference_mode(inference):  # each thread has modes of its own
             return [do(*piece) for piece in itertools.islice(_pieces(*tensors), first, None, n_threads)]
 
     if n_threads == 1:

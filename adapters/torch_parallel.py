@@ -164,7 +164,8 @@ def _of_shard(shard: Tensor, target: Tensor, counts: Tensor, smoothed: bool) -> 
     if not smoothed:
         return [lse, losses]
     # of a smoothed loss, which is not small, no digits are lost to this difference
-    return [lse, lse - shard.gather(1, target.unsqueeze(1)).squeeze(1), losses]
+    nll = lse - shard.gather(1, target.unsqueeze(1)).squeeze(1)
+    return [lse, torch.where(lse == -torch.inf, torch.inf, nll), losses]
 
 
 class _Node(torch.autograd.Function):
@@ -188,7 +189,8 @@ class _Node(torch.autograd.Function):
         above = torch.logaddexp(others, below_target)  # lse of all - top
         losses = nll
         if smoothing:
-            losses = (1 - smoothing) * nll + smoothing * (above + sums[3] / n_classes)
+            hard = (1 - smoothing) * nll if smoothing < 1 else 0  # 0 * inf is 0 here
+            losses = hard + smoothing * (above + sums[3] / n_classes)
         ctx.save_for_backward(shard, target, own, counts, (below - above).exp(), nll)
         ctx.smoothing, ctx.off = smoothing, smoothing / n_classes
         return torch.where(counts, losses, 0)

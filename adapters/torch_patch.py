@@ -5,6 +5,7 @@ what they were for all who hold, compare, look up or pickle them: names bound by
 `__torch_function__`, the tables of `torch.compile`; and patches are undone in any order, other people's too.
 """
 
+import functools
 import inspect
 import threading
 import types
@@ -55,6 +56,7 @@ def {name}({parameters}):
 """
 
 
+@functools.cache  # torch.compile guards it: another one each time would be compiled each time
 def _body(function: types.FunctionType) -> types.CodeType:
     """Of torch's parameters, which torch.compile remembers; it runs among the names of `torch.nn.functional`."""
     code, made = function.__code__, {}  # type: ignore[var-annotated]
@@ -86,10 +88,13 @@ class patch:
       take class indices of any integer dtype, and warn of logits that look like probabilities.
     - A call costs 1 us more than one of `ce_fast.adapters.torch`.
     - The whole process is patched, all its threads, as by any such change; processes that it spawns are not.
-    - Patches nest, and end in any order: torch has its own functions back when no patch is left. `undo()` a second
-      time does nothing.
-    - The functions get another body and stay the same objects. What `torch.compile` or `torch.jit` compiled stays as
-      it was.
+    - Patches nest, each `patch()` being one of its own, and end in any order: torch has its own functions back when no
+      patch is left. `undo()` a second time does nothing.
+    - The functions get another body and stay the same objects. What `torch.compile` compiled follows, by compiling once
+      more; what `torch.jit` compiled stays as it was.
+    - The gradient of reduction="none", and of a scaled loss of 16-bit logits, is computed from the logits in backward:
+      changing them in place between is then an error, where torch has saved their log-softmax.
+    - `binary_cross_entropy` of NaN is NaN, where torch raises.
     - A function that somebody else had replaced before this module was imported is left to them, but for one with a
       `__wrapped__`, as `functools.wraps` leaves, which leads to torch's.
 

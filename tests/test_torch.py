@@ -798,3 +798,19 @@ def test_bfloat16_with_the_negative_bit_is_read():
     assert torch.equal(
         cross_entropy(torch._neg_view(x), torch.tensor([0, 1, 2])), cross_entropy(-x, torch.tensor([0, 1, 2]))
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"label_smoothing": 0.1}], ids=str)
+def test_tensors_without_memory_of_their_own_are_left_to_torch(options):
+    freed, target = torch.randn(4, 5), torch.arange(4)
+    freed.untyped_storage().resize_(0)
+    for place in (cross_entropy, F.cross_entropy):
+        with pytest.raises(RuntimeError, match="not allocated"):
+            place(freed, target, **options)
+    zeros = torch._efficientzerotensor((4, 5))
+    assert cross_entropy(zeros, target, **options) == F.cross_entropy(zeros, target, **options)
+
+
+def test_logits_at_an_odd_address_are_read():
+    odd = torch.frombuffer(bytearray(4 * 20 + 1), dtype=torch.float32, offset=1, count=20).view(4, 5)
+    torch.testing.assert_close(cross_entropy(odd, torch.arange(4)), torch.tensor(5.0).log())

@@ -616,3 +616,22 @@ def test_results_under_autocast_have_the_dtypes_of_torch(name, dtype, autocast):
         ours, expected = (outcome(getattr(place, function), input, target, options, True) for place in (adapter, F))
     assert [t.dtype for t in ours] == [t.dtype for t in expected]
     assert ours[0].dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_logits_are_overwritten_by_one_loss():
+    logits, target = torch.randn(6, K, requires_grad=True) * 1, torch.randint(K, (6,))
+    adapter.cross_entropy(logits, target, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="taken already"):
+        adapter.cross_entropy(logits, target, inplace_backward=True)
+    with torch.no_grad():
+        logits.normal_()  # new ones in the same memory
+    assert adapter.cross_entropy(logits, target, inplace_backward=True).isfinite()
+
+
+@pytest.mark.parametrize("log_target", [False, True])
+def test_kl_div_of_many_elements_runs_in_inference_mode(log_target):
+    input, target = torch.randn(400, 300).log_softmax(1), torch.randn(400, 300).softmax(1)
+    input, target = input.bfloat16(), (target.log() if log_target else target).bfloat16()
+    with torch.inference_mode():
+        ours, torchs = (place.kl_div(input, target, reduction="none", log_target=log_target) for place in (adapter, F))
+    torch.testing.assert_close(ours, torchs)

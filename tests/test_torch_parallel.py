@@ -286,3 +286,11 @@ def test_processes_outside_of_the_group_and_no_group_are_errors(monkeypatch):
     monkeypatch.setattr(dist, "get_rank", lambda group: -1)
     with pytest.raises(ValueError, match="not in the group"):
         loss_of(LOGITS, TARGET)
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_a_target_of_a_shard_of_nothing_but_minus_infinity_has_an_infinite_loss(smoothed):
+    shard, first = torch.full((1, 2), -torch.inf), torch.tensor([0])
+    from ce_fast.adapters.torch_parallel import _of_shard
+
+    assert _of_shard(shard, first, torch.tensor([True]), smoothed)[1].item() == torch.inf
