@@ -634,4 +634,4 @@ def test_kl_div_of_many_elements_runs_in_inference_mode(log_target):
     input, target = input.bfloat16(), (target.log() if log_target else target).bfloat16()
     with torch.inference_mode():
         ours, torchs = (place.kl_div(input, target, reduction="none", log_target=log_target) for place in (adapter, F))
-    torch.testing.assert_close(ours, torchs)
+    torch.testing.assert_close(ours, torchs, rtol=2e-2, atol=2e-3)  # torch rounds every operation
