@@ -484,7 +484,7 @@ WORKLOADS = (
         )
     ),
     Workload("small", "one small call, one thread", (32, 10), _forward, (Peer(TORCH, 2, 5),)),
-    Workload("small-torch", "torch: one small call under no_grad", (32, 10), _no_grad, (Peer(TORCH, 1, 2),)),
-    Workload("small-autograd", "torch: a small loss and backward", (32, 10), _autograd, (Peer(TORCH, 1, 2),)),
+    Workload("small-torch", "torch: one small call under no_grad", (32, 10), _no_grad, (Peer(TORCH),)),
+    Workload("small-autograd", "torch: a small loss and backward", (32, 10), _autograd, (Peer(TORCH),)),
 )
 BY_NAME = {workload.name: workload for workload in WORKLOADS}
