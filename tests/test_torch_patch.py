@@ -368,6 +368,15 @@ def assert_same_training(ours, theirs):
     torch.testing.assert_close(parameters, expected_parameters)
 
 
+def assert_same_under_a_patch(trained, kernel_calls):
+    theirs = trained()
+    assert not kernel_calls
+    with patch():
+        ours = trained()
+    assert len(kernel_calls) == STEPS
+    assert_same_training(ours, theirs)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_language_model_trains_as_without_a_patch(kind, transformers, kernel_calls):
     def trained():
@@ -381,12 +390,7 @@ def test_a_language_model_trains_as_without_a_patch(kind, transformers, kernel_c
             losses.append(loss.item())
         return losses, model.state_dict()
 
-    theirs = trained()
-    assert not kernel_calls
-    with patch():
-        ours = trained()
-    assert len(kernel_calls) == STEPS
-    assert_same_training(ours, theirs)
+    assert_same_under_a_patch(trained, kernel_calls)
 
 
 def test_a_trainer_trains_as_without_a_patch(transformers, kernel_calls, tmp_path):
@@ -403,12 +407,7 @@ def test_a_trainer_trains_as_without_a_patch(transformers, kernel_calls, tmp_pat
         losses = [float(log["loss"]) for log in trainer.state.log_history if "loss" in log]
         return losses, model.state_dict()
 
-    theirs = trained()
-    assert not kernel_calls
-    with patch():
-        ours = trained()
-    assert len(kernel_calls) == STEPS
-    assert_same_training(ours, theirs)
+    assert_same_under_a_patch(trained, kernel_calls)
 
 
 def test_compiled_code_follows_patches_and_is_compiled_once_for_each_way():
