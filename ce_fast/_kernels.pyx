@@ -362,9 +362,9 @@ def small_call(int isa, cnp.ndarray logits, cnp.ndarray target, int64_t ignore_i
     In C from the checks to the result, on one thread: a call on (32, 10) takes 2 us, the general way 20. Its bits are
     those of the general way.
     """
-    cdef int kind = cnp.PyArray_TYPE(logits), index = cnp.PyArray_TYPE(target)
+    cdef int kind = cnp.PyArray_TYPE(logits), index = cnp.PyArray_TYPE(target), target_type
     cdef cnp.npy_intp n
-    if not (kind == cnp.NPY_FLOAT64 or kind == cnp.NPY_FLOAT32) or not (index == cnp.NPY_INT64 or index == cnp.NPY_INT32):
+    if kind not in (cnp.NPY_FLOAT64, cnp.NPY_FLOAT32) or index not in (cnp.NPY_INT64, cnp.NPY_INT32):
         return None
     if cnp.PyArray_NDIM(logits) != 2 or cnp.PyArray_NDIM(target) != 1:
         return None
@@ -373,8 +373,9 @@ def small_call(int isa, cnp.ndarray logits, cnp.ndarray target, int64_t ignore_i
     n = cnp.PyArray_DIM(logits, 0)
     if cnp.PyArray_DIM(target, 0) != n:
         return None
+    target_type = CE_INT64 if index == cnp.NPY_INT64 else CE_INT32
     return _small_call(isa, <char *>cnp.PyArray_DATA(logits), kind, n, cnp.PyArray_DIM(logits, 1),
-                       cnp.PyArray_DATA(target), CE_INT64 if index == cnp.NPY_INT64 else CE_INT32, ignore_index, gradient)
+                       cnp.PyArray_DATA(target), target_type, ignore_index, gradient)
 
 
 def small_call_at(int isa, size_t logits, bint wide, int64_t n_rows, int64_t n_classes, size_t target,

@@ -28,7 +28,8 @@ static ce_way NAME(way)(const ce_job *job)
         return CE_ONE_BY_ONE;
     int64_t along = x->class_stride < 0 ? -x->class_stride : x->class_stride;
     int64_t across = x->outer_stride[job->n_outer - 1];
-    if (job->n_classes <= CE_FEW || along > (across < 0 ? -across : across))
+    /* smoothed gradients have the same bits in any layout: those of many classes all go along the rows */
+    if (job->n_classes <= CE_FEW || (job->off == 0 && along > (across < 0 ? -across : across)))
         return CE_CLASS_MAJOR;
     return job->n_classes <= CE_SHORT ? CE_ALONG_ROWS : CE_ONE_BY_ONE;
 }
