@@ -463,9 +463,9 @@ def is_unseen(input, target, *others, by_operation: bool = False) -> bool:
 def _foreign(tensor, types: tuple[type, ...]) -> bool:
     if type(tensor) not in types or not tensor.is_cpu or tensor.layout != torch.strided:
         return True
-    return types is _PLAIN and (
-        _is_batched(tensor) or (not tensor.data_ptr() and tensor.numel() > 0)
-    )  # freed, or zeros
+    if types is not _PLAIN:
+        return False
+    return _is_batched(tensor) or (tensor.numel() > 0 and not tensor.data_ptr())  # whose memory is freed, or all zeros
 
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # by autograd.grad(is_grads_batched=True)

@@ -44,7 +44,8 @@ def _each(do: Callable, *tensors: Tensor) -> list:
     inference = torch.is_inference_mode_enabled()
 
     def share(first: int) -> list:
-        with torch.no_grad(), torch.inference_mode(inference):  # each thread has modes of its own
+        # each thread has modes of its own; inference_mode(False) turns gradients on, and so comes first
+        with torch.inference_mode(inference), torch.no_grad():
             return [do(*piece) for piece in itertools.islice(_pieces(*tensors), first, None, n_threads)]
 
     if n_threads == 1:

@@ -4,6 +4,7 @@ import copy
 import functools
 import pickle
 import sys
+import threading
 import types
 import unittest
 import warnings
@@ -12,6 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 adapter = pytest.importorskip("ce_fast.adapters.torch")
+torch_kl = pytest.importorskip("ce_fast.adapters.torch_kl")
 
 F = torch.nn.functional
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -635,3 +637,20 @@ def test_kl_div_of_many_elements_runs_in_inference_mode(log_target):
     with torch.inference_mode():
         ours, torchs = (place.kl_div(input, target, reduction="none", log_target=log_target) for place in (adapter, F))
     torch.testing.assert_close(ours, torchs, rtol=2e-2, atol=2e-3)  # torch rounds every operation
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_the_threads_of_kl_div_record_no_graph(context, monkeypatch):
+    recorded, losses_of = [], torch_kl._losses
+
+    def losses_seen(input, target, ctx):
+        recorded.append((torch.is_grad_enabled(), threading.get_ident()))
+        return losses_of(input, target, ctx)
+
+    monkeypatch.setattr(torch_kl, "_losses", losses_seen)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    input = torch.randn(400, 300).log_softmax(1).requires_grad_()
+    with context():
+        adapter.kl_div(input, torch.randn(400, 300), reduction="none", log_target=True)
+    assert {grad for grad, _ in recorded} == {False}
+    assert threading.get_ident() not in {thread for _, thread in recorded}

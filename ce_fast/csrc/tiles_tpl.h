@@ -109,23 +109,18 @@ CE_INLINE void NAME(load_lanes)(const ce_job *job, int64_t k, int64_t n_classes,
             l->x[j * PITCH + p] = 0;
 }
 
-/* The references of LANES lanes at p from the largest of a row's first classes. With smoothing the pivot is the largest of
-   all classes so far, of those before k too, and the moment of these follows. */
-CE_INLINE void NAME(first_references)(const ce_job *job, int64_t k, int64_t first, const REAL *x, int64_t pitch,
-                                      NAME(lanes) *l, int p, const int smoothed)
+/* The references of LANES lanes at p from the largest of a row's first classes; with smoothing, of all: the pivot too. */
+CE_INLINE void NAME(first_references)(const ce_job *job, int64_t first, const REAL *x, int64_t pitch, NAME(lanes) *l, int p,
+                                      const int smoothed)
 {
     REAL limit = (REAL)(CE_BASE_LIMIT * job->temperature.value), log2e = (REAL)job->temperature.log2e, max[LANES];
     for (int i = 0; i < LANES; i++)
-        max[i] = k > 0 ? l->pivot[p + i] : -limit;
+        max[i] = -limit;
     for (int64_t c = 0; c < first; c++)
         for (int i = 0; i < LANES; i++)
             max[i] = x[c * pitch + i] > max[i] ? x[c * pitch + i] : max[i];
-    for (int i = 0; i < LANES && k == 0; i++)
+    for (int i = 0; i < LANES; i++)
         l->ref[p + i] = NAME(round)(max[i] * log2e) - CE_LEAD;
-    for (int i = 0; i < LANES && k > 0; i++) {
-        double summed = (double)(k - (l->t[p + i] >= 0 && l->t[p + i] < k));
-        l->moment_lost[p + i] -= summed * ((double)max[i] - (double)l->pivot[p + i]);
-    }
     for (int i = 0; i < LANES && smoothed; i++)
         l->pivot[p + i] = max[i];
 }
@@ -241,7 +236,7 @@ CE_INLINE int NAME(add_exp)(const ce_job *job, int64_t k, int64_t n_classes, NAM
         for (int i = 0; i < LANES; i++)
             t[i] = l->t[p + i] - (SINT)k;
         if (first)
-            NAME(first_references)(job, k, first, x + p, pitch, l, p, smoothed);
+            NAME(first_references)(job, first, x + p, pitch, l, p, smoothed);
         while (!NAME(add_lanes)(of, x + p, pitch, n_classes, t, l, p, top, ahead + k * along + p * (int)sizeof(REAL), along,
                                 store, smoothed)) {
             l->look = 1;

@@ -105,8 +105,10 @@ static int NAME(sum_tiles)(const ce_job *job, NAME(lanes) *l, int store)
         const REAL *x = in_place ? in_place + k * (job->logits.class_stride / size) : l->x;
         int64_t pitch = in_place ? job->logits.class_stride / size : PITCH;
         /* in place a few classes, which are in L1 when they are read again: [8, 21, 512, 512] took 13 ms with a copy, now 10;
-           all of a copy, whose logits exponentials replace; with smoothing all, which its pivot is the largest of */
-        int64_t first = smoothed ? n : k > 0 ? 0 : in_place && !l->look && n > CE_CLASS_RUN ? CE_CLASS_RUN : n;
+           all of a copy, whose logits exponentials replace; with smoothing all, which its pivot is the largest of (they are
+           CE_FEW, one tile) */
+        int few = in_place && !l->look && !smoothed && n > CE_CLASS_RUN;
+        int64_t first = k > 0 ? 0 : few ? CE_CLASS_RUN : n;
         if (!in_place)
             NAME(load_lanes)(job, k, n, l);
         int ordinary;
