@@ -1,7 +1,7 @@
 """What evaluation asks of each row of logits, in one pass: `row_stats`, and the same of a row in parts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -175,7 +175,7 @@ def row_stats(logits, target=None, *, temperature=1.0, ignore_index=-100, class_
     >>> stats.rank
     array([0, 2])
     >>> stats.entropy.round(6)
-    array([0.524086, 0.975328])
+    array([0.524267, 0.975328])
     """
     temperature = inputs.check_option("temperature", temperature, 1e-30, 1e30)
     ignore_index, n_threads = inputs.check_ignore_index(ignore_index), inputs.check_n_threads(n_threads)
@@ -193,7 +193,5 @@ def row_stats(logits, target=None, *, temperature=1.0, ignore_index=-100, class_
             return array.reshape(checked.outer_shape)
         return engine.result_rows(array, checked)
 
-    given = {f.name: shaped(getattr(values, f.name)) for f in fields(RowStats)}
-    if target is None:
-        given |= {"log_prob": None, "rank": None}
-    return RowStats(**given)
+    stats = RowStats(**{f.name: shaped(getattr(values, f.name)) for f in fields(RowStats)})
+    return stats if target is not None else replace(stats, log_prob=None, rank=None)

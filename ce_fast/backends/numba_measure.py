@@ -1,4 +1,4 @@
-"""What evaluation asks of a row, for Numba: `csrc/measure_tpl.h`, in double precision and two passes over a row.
+"""What evaluation asks of a row, for Numba: `csrc/measure_tpl.h`, in double precision and three passes over a row.
 
 e_k = exp(z_k - z_top);  rest, moment, squares: sums over k != top of e_k, e_k (z_k - z_top), e_k^2
 """
@@ -7,7 +7,8 @@ import math
 
 import numpy as np
 
-from ce_fast.backends.numba_math import LEAD, RUN, VALUE, add, exp_args, exp_tile, jit
+from ce_fast.backends.numba_math import RUN, VALUE, add, exp_args, exp_scaled, exp_tile, jit, plus
+from ce_fast.backends.numba_rows import _reference
 
 
 @jit
@@ -30,27 +31,33 @@ def _top(x):
 
 
 @jit
+def _products(e, x, x_top):
+    """(sum of e_k (x_k - x_top), sum of e_k^2) of a run; -inf adds nothing"""
+    moment, squares = 0.0, 0.0
+    for k in range(x.size):
+        moment = plus(moment, e[k] * (x[k] - x_top) if e[k] > 0 else 0.0)
+        squares = plus(squares, e[k] * e[k])
+    return moment, squares
+
+
+@jit
 def _sums(x, top, temperature, buffer):
     """(rest, moment, squares) of a row whose largest class is `top`, finite."""
-    base, scale = x[top], 2.0**-LEAD
-    args = exp_args(base, -LEAD, temperature, buffer)  # no term that counts is subnormal
+    x_top = x[top]
+    base, n = _reference(x_top, temperature)  # no rounded x - x_top enters exp
+    args, e_top = exp_args(base, n, temperature, buffer), exp_scaled(x_top - base, n, temperature)
     rest, rest_lost, moment, moment_lost, squares, squares_lost = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for j in range(0, x.size, RUN):
-        n = min(RUN, x.size - j)
-        buffer[:n] = x[j : j + n]
-        buffer[n:] = -np.inf
-        if j <= top < j + n:
+        count = min(RUN, x.size - j)
+        buffer[:count] = x[j : j + count]
+        buffer[count:] = -np.inf
+        if j <= top < j + count:
             buffer[top - j] = -np.inf
-        rest, rest_lost = add(rest, rest_lost, exp_tile(buffer, args) * scale)
-        run_moment, run_squares = 0.0, 0.0
-        for k in range(n):
-            e = buffer[k] * scale
-            if e > 0:
-                run_moment += e * ((x[j + k] - base) / temperature[VALUE])
-                run_squares += e * e
+        rest, rest_lost = add(rest, rest_lost, exp_tile(buffer, args))
+        run_moment, run_squares = _products(buffer, x[j : j + count], x_top)
         moment, moment_lost = add(moment, moment_lost, run_moment)
         squares, squares_lost = add(squares, squares_lost, run_squares)
-    return rest, moment, squares
+    return rest / e_top, moment / e_top / temperature[VALUE], squares / e_top / e_top
 
 
 @jit

@@ -9,7 +9,7 @@
  */
 #ifndef CE_MEASURE_COMMON
 #define CE_MEASURE_COMMON
-#define CE_SURE 0.9 /* of a largest class surer than this the rest is summed by itself, for what it adds would cancel */
+#define CE_SURE 0.5 /* of a largest class surer than this the rest is summed by itself, for what it adds would cancel */
 #define CE_MEASURE_LANES 16 /* of three sums: with CE_LANES of them AVX2 runs out of registers */
 #endif
 
