@@ -61,7 +61,7 @@ def check_call(loss: CrossEntropyLoss, logits, target, sample_weight) -> engine.
 
 
 def has_softmax(values: RowValues) -> np.ndarray:
-    return np.isfinite(values.lse) & ~np.isnan(values.log_prob)
+    return ~np.isnan(values.log_prob)
 
 
 def wide_nll(logits: Logits, rows: Rows, used: np.ndarray, temperature: float, n_threads: int | None) -> np.ndarray:
@@ -290,7 +290,7 @@ class Evaluator:
         self._rank_weight[:, : sums.shape[1]] += sums
 
     def _add_sequences(self, ids: list, number: np.ndarray, values: RowValues, counts, used) -> None:
-        rows = np.stack([np.where(used, 0.0 - values.log_prob, np.nan), ~used | (values.rank != 0)])[:, counts]
+        rows = np.stack([0.0 - values.log_prob, ~used | (values.rank != 0)])[:, counts]
         found, part = Moments.of(rows, np.ones(rows.shape[1]), number[counts])
         self._sequences.add([ids[i] for i in found], part)
 

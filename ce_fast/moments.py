@@ -171,7 +171,7 @@ def as_labels(value, outer_shape: tuple[int, ...], name: str) -> tuple[list[int 
     """(the labels that there are; for each row the number of its own in that list). An array has the outer shape, or
     broadcasts to it with as many axes; with fewer it has the leading ones, and a scalar is the label of all rows."""
     array = inputs.as_array(value, name)
-    if array.dtype.kind not in "iuUTO":
+    if array.dtype.kind not in "iuUTO" and array.size:  # an empty list has no labels to show for
         raise TypeError(f"{name} has dtype {array.dtype}; expected labels that are integers or strings")
     shape = array.shape
     if array.ndim < len(outer_shape) and shape == outer_shape[: array.ndim]:
