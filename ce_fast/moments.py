@@ -228,11 +228,11 @@ def pack(array: np.ndarray) -> dict:
     return {"shape": list(array.shape), "float64": base64.b64encode(array.tobytes()).decode()}
 
 
-def unpack(state: dict, columns: int | None = None) -> np.ndarray:
+def unpack(state: dict, columns: int) -> np.ndarray:
     """What was packed; ValueError if it has not so many columns."""
     array = np.frombuffer(base64.b64decode(state["float64"], validate=True), "<f8").astype(np.float64)
     array = array.reshape(state["shape"])
-    if array.shape[1:] != (() if columns is None else (columns,)):
+    if array.shape[1:] != (columns,):
         raise ValueError(f"an array has shape {array.shape}")
     return array
 

@@ -114,8 +114,8 @@ def test_a_state_of_another_schema_or_a_damaged_one_is_refused(rng):
         {"options": state["options"] | {"temperatures": None}},
         {"moments": {}},
         {"rows": {"seen": 3, "lost": 1}},
-        {"nll_weight": {"shape": [2], "float64": "AAAA"}},
-        {"nll_weight": state["rank_weight"]},
+        {"moments": state["moments"] | {"ranks": {"shape": [2], "float64": "AAAA"}}},
+        {"moments": state["moments"] | {"nll_bins": state["moments"]["ranks"]}},
         {"groups": state["groups"] | {"labels": []}},
         {"amounts": {}},
     ]
