@@ -124,6 +124,13 @@ class Evaluator:
     ignore_index, class_axis, n_threads
         As in `CrossEntropyLoss`.
 
+    Attributes
+    ----------
+    options : dict
+        The options, as checked.
+    n_rows_seen : int
+        All rows so far, those that do not count too.
+
     Raises
     ------
     ValueError, TypeError

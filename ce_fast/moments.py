@@ -69,8 +69,8 @@ class Moments:
         else:
             order = np.argsort(group, kind="stable")
             values, weight, group = values[:, order], weight[order], group[order]
-        first = np.r_[0, 1 + np.flatnonzero(group[1:] != group[:-1])]
-        times = np.diff(np.r_[first, weight.size])
+        first = np.flatnonzero(np.concatenate([[True], group[1:] != group[:-1]]))
+        times = np.diff(first, append=weight.size)
 
         def total(x):
             return np.add.reduceat(x, first, axis=-1)

@@ -10,6 +10,7 @@ from evaluations import OPTIONS, WEIGHTS, assert_close, batch, batches, evaluate
 
 import ce_fast as ce
 from ce_fast.evaluation import Evaluator
+from ce_fast.moments import Moments
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
@@ -39,6 +40,18 @@ def test_parts_merged_in_any_order_are_the_whole(rng, n_parts, weights):
             assert merged.merge(parts[i]) is merged
         assert merged.n_rows_seen == sum(target.size for _, target, _ in data)
         assert_close(merged.compute(), whole, 1e-12)
+
+
+def test_sums_of_a_million_equal_weights_agree_with_those_of_parts():
+    """0.1 is no sum of powers of 2: added one by one, a million of them miss by 1e-11."""
+    values, weight, group = np.tile([1.0, 0.7], 500_000)[None], np.full(10**6, 0.1), np.tile([0, 0, 1], 333_334)[:-2]
+    whole, merged = Moments.of(values, weight, group)[1], Moments.empty(2, 1)
+    for part in np.array_split(np.arange(10**6), 100):
+        merged.add(*Moments.of(values[:, part], weight[part], group[part]))
+    for sums in (merged.sums, whole.sums):
+        assert sums[:, 1] == pytest.approx(0.1 * sums[:, 0], rel=1e-13)
+    np.testing.assert_allclose(merged.means, whole.means, rtol=1e-13)
+    np.testing.assert_allclose(merged.stderrs, whole.stderrs, rtol=1e-12)
 
 
 def test_merging_leaves_the_other_as_it_was_and_takes_itself(rng):
