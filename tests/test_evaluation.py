@@ -5,11 +5,11 @@ import warnings
 
 import numpy as np
 import pytest
-from evaluations import OPTIONS, WEIGHTS, assert_close, batch, evaluated
 
 import ce_fast as ce
 from ce_fast.evaluation import Estimate, Evaluator
 from ce_fast.moments import Moments
+from evaluations import OPTIONS, WEIGHTS, assert_close, batch, evaluated
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 torch = pytest.importorskip("torch")

@@ -6,11 +6,11 @@ import warnings
 
 import numpy as np
 import pytest
-from evaluations import OPTIONS, WEIGHTS, assert_close, batch, batches, evaluated, flat
 
 import ce_fast as ce
 from ce_fast.evaluation import Evaluator
 from ce_fast.moments import Moments
+from evaluations import OPTIONS, WEIGHTS, assert_close, batch, batches, evaluated, flat
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
