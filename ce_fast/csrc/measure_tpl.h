@@ -45,28 +45,42 @@ static REAL NAME(max_and_above)(const REAL *x, int64_t n, REAL rival, int64_t *a
     return lanes[0];
 }
 
-/* The sums over a tile of n elements, a multiple of CE_LANES. What would be squared to a subnormal is 0 (20 to 40 times
-   slower), and so is the moment of -inf. Meanwhile come into the cache what will be read next, at `ahead`. */
+/* sum + e^2, where e^2 may be less than a normal number: FMA makes none, and no sum that begins at CE_LITTLE is one; without
+   FMA it is 0 then (subnormal numbers are 20 to 40 times slower) */
+CE_INLINE REAL NAME(add_square)(REAL sum, REAL e)
+{
+#if CE_HAVE_FMA
+    return REAL_IS_FLOAT ? (REAL)__builtin_fmaf((float)e, (float)e, (float)sum) : (REAL)__builtin_fma(e, e, sum);
+#else
+    REAL root = e < (REAL_IS_FLOAT ? (REAL)0x1p-60 : (REAL)0x1p-500) ? 0 : e;
+    return sum + root * root;
+#endif
+}
+
+/* The sums over a tile of n elements, a multiple of CE_LANES. Meanwhile come into the cache what will be read next, at
+   `ahead`. */
 static void NAME(add_tile)(NAME(measured) *s, const REAL *x, int64_t n, const char *ahead, int64_t size)
 {
     const NAME(exp_args) args = s->sums.exp;
-    const REAL pivot = s->sums.pivot, low = args.cutoff + args.base, least = REAL_IS_FLOAT ? (REAL)0x1p-63 : (REAL)0x1p-511;
+    const REAL pivot = s->sums.pivot - args.base, little = REAL_IS_FLOAT ? (REAL)0x1p-120 : (REAL)0x1p-1000;
     double rest[CE_MEASURE_LANES], moment[CE_MEASURE_LANES], squares[CE_MEASURE_LANES];
     for (int l = 0; l < CE_MEASURE_LANES; l++) /* no memset, see setup.py */
         rest[l] = moment[l] = squares[l] = 0;
     for (int64_t j = 0; j < n; j += CE_RUN) {
         int64_t end = j + CE_RUN < n ? j + CE_RUN : n;
         REAL run[CE_MEASURE_LANES], run_moment[CE_MEASURE_LANES], run_squares[CE_MEASURE_LANES];
-        for (int l = 0; l < CE_MEASURE_LANES; l++)
-            run[l] = run_moment[l] = run_squares[l] = 0;
+        for (int l = 0; l < CE_MEASURE_LANES; l++) {
+            run[l] = run_moment[l] = 0;
+            run_squares[l] = little;
+        }
         for (int64_t k = j; k < end; k += CE_MEASURE_LANES) {
             for (int line = 0; line < CE_MEASURE_LANES * (int)sizeof(REAL); line += 64)
                 __builtin_prefetch(ahead + k * size + line);
             for (int l = 0; l < CE_MEASURE_LANES; l++) {
-                REAL v = x[k + l], e = NAME(exp)(v, args), root = e < least ? 0 : e;
+                REAL d = NAME(exp_distance)(x[k + l], args), e = NAME(exp_of_distance)(d, args);
                 run[l] += e;
-                run_moment[l] += e * ((v < low ? low : v) - pivot);
-                run_squares[l] += root * root;
+                run_moment[l] += e * (d - pivot); /* 0 of -inf */
+                run_squares[l] = NAME(add_square)(run_squares[l], e);
             }
         }
         for (int l = 0; l < CE_MEASURE_LANES; l++) {
@@ -127,7 +141,7 @@ static NAME(measured) NAME(measure)(const NAME(row) *row, double x_t, REAL x_riv
             else
                 NAME(move_reference)(&s, max, t);
         }
-        NAME(add_tile)(&s, x, padded, row->x + (j + CE_TILE) * size, size);
+        NAME(add_tile)(&s, x, padded, row->x + j * size + CE_AHEAD, size);
     }
     return s;
 }

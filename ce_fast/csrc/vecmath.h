@@ -96,10 +96,15 @@ CE_INLINE NAME(exp_args) NAME(exp_prepare)(double base, int64_t n, const ce_temp
     return a;
 }
 
-CE_INLINE REAL NAME(exp)(REAL x, NAME(exp_args) a)
+/* x - base, or as low as the result is 0; NaN passes */
+CE_INLINE REAL NAME(exp_distance)(REAL x, NAME(exp_args) a)
 {
     REAL d = x - a.base;
-    d = d < a.cutoff ? a.cutoff : d; /* NaN passes */
+    return d < a.cutoff ? a.cutoff : d;
+}
+
+CE_INLINE REAL NAME(exp_of_distance)(REAL d, NAME(exp_args) a)
+{
     REAL t = d * a.log2e + a.magic;
     REAL k = t - a.magic;
 #if CE_HAVE_FMA
@@ -134,6 +139,11 @@ CE_INLINE REAL NAME(exp)(REAL x, NAME(exp_args) a)
     REAL power;
     memcpy(&power, &bits, sizeof power); /* 2^(k - n - 1); 0 at the cutoff */
     return p * power;
+}
+
+CE_INLINE REAL NAME(exp)(REAL x, NAME(exp_args) a)
+{
+    return NAME(exp_of_distance)(NAME(exp_distance)(x, a), a);
 }
 
 /* The arguments for the reference n T ln 2 of one lane among others, n an integer. */
