@@ -25,8 +25,10 @@ from ce_fast.adapters.numpy import (
 )
 from ce_fast.backends import use_backend
 from ce_fast.calibration import calibration_error, fit_temperature
+from ce_fast.comparison import Comparison, ComparisonReport
 from ce_fast.config import __version__, show_config
 from ce_fast.distillation import DistillationLoss
+from ce_fast.evaluation import EvalReport, Evaluator
 from ce_fast.linear import LinearCrossEntropyLoss
 from ce_fast.losses import (
     BCELoss,
@@ -44,8 +46,12 @@ from ce_fast.top_k import TopKTeacher
 __all__ = [
     "BCELoss",
     "BCEWithLogitsLoss",
+    "Comparison",
+    "ComparisonReport",
     "CrossEntropyLoss",
     "DistillationLoss",
+    "EvalReport",
+    "Evaluator",
     "FocalLoss",
     "GeneralizedCrossEntropyLoss",
     "KLDivLoss",

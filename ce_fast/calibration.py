@@ -98,7 +98,7 @@ class Binning:
         """Of (n, n_curves) confidences."""
         n, n_curves = self.n_bins, confidence.shape[1]
         if self.strategy == "uniform":
-            number = np.searchsorted(np.linspace(0, 1, n + 1)[1:-1], confidence)
+            number = uniform_bin(confidence, n)
         else:
             number = np.empty(confidence.shape, np.int64)
             for k in range(n_curves):
@@ -110,6 +110,11 @@ class Binning:
 
         mass = weight[:, None]
         return Bins(total(np.broadcast_to(mass, confidence.shape)), total(mass * confidence), total(mass * correct))
+
+
+def uniform_bin(confidence: np.ndarray, n: int) -> np.ndarray:
+    """The number of the bin, from 0, of n of the same width; an edge is in the bin under it."""
+    return np.searchsorted(np.linspace(0, 1, n + 1)[1:-1], confidence)
 
 
 def largest(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

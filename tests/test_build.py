@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = {
-    "__init__", "calibration", "config", "distillation", "engine", "inputs", "linear", "losses", "plan", "reduction",
-    "threads", "top_k",
+    "__init__", "calibration", "comparison", "config", "distillation", "engine", "evaluation", "inputs", "linear",
+    "losses", "metrics", "moments", "plan", "reduction", "rows", "threads", "top_k",
     "backends/__init__", "backends/compiled", "backends/numba", "backends/numba_columns", "backends/numba_elements",
     "backends/numba_math", "backends/numba_rows",
     "adapters/__init__", "adapters/boosting", "adapters/numpy", "adapters/torch",
