@@ -247,7 +247,7 @@ class _Run:
 
     def go(self) -> bool:
         """Whether the end was reached."""
-        size = self.args.batch_rows or max(1, files.BATCH // self.data.row_bytes)
+        size = self.args.batch_rows or self.data.batch_rows
         due = 0.0  # the first state comes with the first batch: that it can be written is known at once
         with (
             self._rows_kept(),

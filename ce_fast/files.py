@@ -376,7 +376,7 @@ def _open_arrow(path: str, key: str | None, dtype: str | None) -> Source:
     try:
         _, opened, found = reader()
         n_rows = sum(batch.num_rows for batch in found) if opened is found else opened.count_rows()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path}: damaged, or no Arrow IPC file: {error}") from error
     return _open_columns(path, key, dtype, opened.schema, n_rows, batches)
 

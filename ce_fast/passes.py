@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from ce_fast.config import __version__
 from ce_fast.files import Source
 
 SCHEMA = 1
+ROW_VALUES = 512  # bytes a row: RowValues, its metrics and their copies take 300
 ROWS_WRITTEN = 1 << 18  # of a parquet row group: some 14 MiB
 
 
@@ -85,6 +87,11 @@ class Data:
     @property
     def row_bytes(self) -> int:
         return sum(files.row_bytes(source) for source in self.logits)
+
+    @property
+    def batch_rows(self) -> int:
+        """How many make a batch of 64 MiB; of few classes fewer, for what is known of a row counts too."""
+        return max(1, files.BATCH // (self.row_bytes + ROW_VALUES * math.prod(self.target.shape[1:])))
 
     def position(self, row: int) -> str:
         """Of a row by its number in C order: its index, or "batch, time"."""

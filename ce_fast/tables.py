@@ -61,8 +61,9 @@ def _table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> None:
     for line in lines:
         table.add_row(*line)
     console = Console(file=sys.stdout, width=None if seen else 400, markup=False, highlight=False, emoji=False)
-    console.print(table)
-    console.print()
+    with console.capture() as text:  # rich would end the process, with status 1, where a pipe is closed
+        console.print(table)
+    sys.stdout.write(text.get() + "\n")
 
 
 def _line(name: str, of) -> tuple[str, str, str]:
