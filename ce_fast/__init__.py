@@ -41,6 +41,7 @@ from ce_fast.losses import (
     PolyLoss,
     SigmoidFocalLoss,
 )
+from ce_fast.rows import RowStats, row_stats
 from ce_fast.top_k import TopKTeacher
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "NLLLoss",
     "PolyLoss",
+    "RowStats",
     "SigmoidFocalLoss",
     "TopKTeacher",
     "__version__",
@@ -77,6 +79,7 @@ __all__ = [
     "nll_loss",
     "perplexity",
     "poly_loss",
+    "row_stats",
     "show_config",
     "sigmoid_focal_loss",
     "softmax",

@@ -67,6 +67,16 @@ cdef extern from "sums.h" nogil:
         double parameter, on, off, z_loss, softcap, scale, hess_scale, floor
         void *loss
         void *lse
+    ctypedef struct ce_measures:
+        double *lse
+        double *log_prob
+        double *max
+        double *entropy
+        double *sum_sq_prob
+        double *brier
+        int64_t *argmax
+        int64_t *rank
+        const double *target_logit
     ctypedef struct ce_element_job:
         int64_t n_last
         int n_outer
@@ -76,6 +86,7 @@ cdef extern from "sums.h" nogil:
         double gamma, alpha, on, off, scale, hess_scale, floor
     ctypedef void (*ce_rows_fn)(const ce_job *, int64_t, int64_t, void *, ce_tally *)
     ctypedef size_t (*ce_scratch_fn)(const ce_job *)
+    ctypedef void (*ce_measures_fn)(const ce_job *, const ce_measures *, int64_t, int64_t, ce_tally *)
     ctypedef void (*ce_parts_fn)(const ce_job *, ce_phase, int64_t, void *, ce_tally *)
     ctypedef double (*ce_elements_fn)(const ce_element_job *, int64_t, int64_t, int *)
     ctypedef struct ce_labels:
@@ -98,6 +109,7 @@ cdef extern from "sums.h" nogil:
         const char *name
         ce_rows_fn rows_float64, rows_float32
         ce_scratch_fn scratch_float64, scratch_float32
+        ce_measures_fn measures_float64, measures_float32
         ce_parts_fn parts_float64, parts_float32
         ce_scratch_fn parts_scratch_float64, parts_scratch_float32
         ce_elements_fn elements_float64, elements_float32
@@ -354,6 +366,42 @@ def run_rows(int isa, plan, job):
     free(blocks)
     free(scratch)
     return (ce_total(&tally.loss), *counts_of(&tally))
+
+
+def measure(int isa, plan, job, values, target_logit):
+    """Fill `values` (n_rows,) of the rows that count; returns the first bad position or -1."""
+    cdef ce_job view
+    cdef ce_measures out
+    cdef int64_t n_rows = plan.n_rows, block_rows = plan.block_rows
+    cdef int64_t b, n_blocks = (n_rows + block_rows - 1) // block_rows
+    cdef int n_threads = max(1, min(<int64_t>plan.n_threads, n_blocks)), chunk_blocks = plan.chunk_blocks
+    cdef bint wide = plan.compute_dtype.itemsize == 8
+    cdef ce_measures_fn measures = ce_isa(isa).measures_float64 if wide else ce_isa(isa).measures_float32
+    cdef ce_tally *blocks
+    cdef ce_tally tally
+
+    set_job(&view, job)
+    view.n_rows = n_rows
+    out.lse, out.log_prob = <double *>data_of(values.lse), <double *>data_of(values.log_prob)
+    out.max, out.entropy = <double *>data_of(values.max), <double *>data_of(values.entropy)
+    out.sum_sq_prob, out.brier = <double *>data_of(values.sum_sq_prob), <double *>data_of(values.brier)
+    out.argmax, out.rank = <int64_t *>data_of(values.argmax), <int64_t *>data_of(values.rank)
+    out.target_logit = <const double *>data_of(target_logit)
+    blocks = <ce_tally *>calloc(n_blocks + 1, sizeof(ce_tally))
+    if blocks == NULL:
+        raise MemoryError(f"no memory for {n_blocks} partial sums")
+    with nogil:
+        for b in range(n_blocks):
+            blocks[b].bad = -1
+        if n_threads == 1:
+            for b in range(n_blocks):
+                measures(&view, &out, b * block_rows, min((b + 1) * block_rows, n_rows), &blocks[b])
+        else:
+            for b in prange(n_blocks, schedule="dynamic", chunksize=chunk_blocks, num_threads=n_threads):
+                measures(&view, &out, b * block_rows, min((b + 1) * block_rows, n_rows), &blocks[b])
+        tally = ce_add_up(blocks, n_blocks)
+    free(blocks)
+    return tally.bad
 
 
 def small_call(int isa, cnp.ndarray logits, cnp.ndarray target, int64_t ignore_index, bint gradient):

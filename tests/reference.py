@@ -218,3 +218,30 @@ def cross_entropy(
         given(hess, share, floor),
         given(hess_terms, share),
     )
+
+
+def row_measures(x, target=None, temperature=1.0):
+    """What `ce_fast.row_stats` says of each row of (n_rows, n_classes), and the Brier score."""
+    x = np.asarray(x, WIDE)
+    log_p, rest = log_softmax(x, temperature), one_minus_softmax(x, temperature)
+    p, rows = np.exp(log_p), np.arange(len(x))
+    squares = np.where(np.isneginf(x), 0, p * p)
+    with np.errstate(invalid="ignore"):
+        found = {
+            "lse": logsumexp(x, temperature),
+            "max": x.max(-1) / WIDE(temperature),
+            "argmax": x.argmax(-1),
+            "entropy": -np.where(p == 0, 0, p * log_p).sum(-1),
+            "sum_sq_prob": squares.sum(-1),
+        }
+    if target is None:
+        return found
+    x_t = x[rows, target][:, None]
+    before = (x > x_t) | ((x == x_t) & (np.arange(x.shape[1]) < np.asarray(target)[:, None]))
+    others = squares.copy()
+    others[rows, target] = 0
+    return found | {
+        "log_prob": log_p[rows, target],
+        "rank": before.sum(-1),
+        "brier": rest[rows, target] ** 2 + others.sum(-1),
+    }

@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = {
     "__init__", "__main__", "calibration", "cli", "comparison", "config", "distillation", "engine", "evaluation",
-    "files", "inputs", "linear",
-    "losses", "metrics", "moments", "passes", "plan", "reduction", "rows", "tables", "threads", "top_k",
+    "files", "inputs", "linear", "losses", "metrics", "moments", "passes", "plan", "plots", "reduction", "report",
+    "rows", "tables", "threads", "top_k",
     "backends/__init__", "backends/compiled", "backends/numba", "backends/numba_columns", "backends/numba_elements",
-    "backends/numba_math", "backends/numba_rows",
+    "backends/numba_math", "backends/numba_measure", "backends/numba_rows",
     "adapters/__init__", "adapters/boosting", "adapters/numpy", "adapters/torch",
     "adapters/torch_autograd", "adapters/torch_kl", "adapters/torch_linear", "adapters/torch_ops",
     "adapters/torch_parallel", "adapters/torch_patch",
@@ -66,6 +66,18 @@ def sdist(tmp_path_factory):
     return made
 
 
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A compiler that does not optimize, in a fifth of the time: what is tested here is not speed."""
+    return script(tmp_path_factory.mktemp("cc") / "cc", 'exec gcc "$@" -O0')
+
+
+def script(path, line):
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 @pytest.fixture
 def unpacked(sdist, tmp_path):
     shutil.unpack_archive(sdist, tmp_path / "unpacked")
@@ -83,9 +95,9 @@ def test_sdist_holds_all_that_a_build_and_its_tests_need(sdist):
     assert not [name for name in names if name.endswith((".so", ".pyc", "_kernels.c"))]
 
 
-def test_wheel_holds_the_modules_the_extension_and_no_sources(unpacked):
+def test_wheel_holds_the_modules_the_extension_and_no_sources(unpacked, quick):
     folder, target = unpacked
-    wheel, _ = build("wheel", folder, target, CE_FAST_REQUIRE_EXT="1")
+    wheel, _ = build("wheel", folder, target, CC=quick, CE_FAST_REQUIRE_EXT="1")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"ce_fast/{name}.py" for name in PYTHON} | {"ce_fast/py.typed", "ce_fast/_kernels.pyi"} <= names
     assert sum(name.startswith("ce_fast/_kernels.") and name.endswith(".so") for name in names) == 1
@@ -94,10 +106,10 @@ def test_wheel_holds_the_modules_the_extension_and_no_sources(unpacked):
     assert not [name for name in names if name.endswith((".c", ".h", ".pyx"))]
 
 
-def test_sdist_installs_into_an_empty_environment_and_runs_on_numpy_alone(sdist, tmp_path):
+def test_sdist_installs_into_an_empty_environment_and_runs_on_numpy_alone(sdist, quick, tmp_path):
     checked(sys.executable, "-m", "venv", str(tmp_path / "env"), cwd=tmp_path)
     python = str(tmp_path / "env/bin/python")
-    checked(python, "-m", "pip", "install", "-q", str(sdist), cwd=tmp_path, CE_FAST_REQUIRE_EXT="1")
+    checked(python, "-m", "pip", "install", "-q", str(sdist), cwd=tmp_path, CC=quick, CE_FAST_REQUIRE_EXT="1")
     code = """
 import sys, ce_fast as ce
 hosts = {"torch", "sklearn", "numba", "scipy"} & set(sys.modules)
@@ -126,12 +138,10 @@ def test_without_a_compiler_a_required_extension_is_a_failure(unpacked):
     assert code != 0 and "/nonexistent/cc" in output and not list(target.iterdir())
 
 
-def test_without_openmp_the_build_is_serial_and_says_so(unpacked, tmp_path):
+def test_without_openmp_the_build_is_serial_and_says_so(unpacked, quick, tmp_path):
     folder, target = unpacked
-    compiler = tmp_path / "cc"
-    compiler.write_text('#!/bin/sh\nfor a in "$@"; do [ "$a" = -fopenmp ] && exit 1; done\nexec gcc "$@"\n')
-    compiler.chmod(0o755)
-    wheel, output = build("wheel", folder, target, CC=str(compiler), CE_FAST_REQUIRE_EXT="1")
+    compiler = script(tmp_path / "cc", f'for a in "$@"; do [ "$a" = -fopenmp ] && exit 1; done; exec {quick} "$@"')
+    wheel, output = build("wheel", folder, target, CC=compiler, CE_FAST_REQUIRE_EXT="1")
     assert "no working OpenMP" in output
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     code = """

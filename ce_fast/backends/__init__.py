@@ -9,6 +9,8 @@ A backend is a module with
     small_call_at(logits, wide, n_rows, n_classes, target, ignore_index, gradient)
                                                                     the same, of contiguous memory at these addresses
     run(job, plan) -> (loss_sum, bad, counted, weight_sum)          bad rows are not read
+    measure(job, plan, values, target_logit) -> bad                 to `RowValues` of rows.py; target_logit: of targets
+                                                                    that may be in other parts of a row, or None
     run_elements(job, plan) -> (float, bool)                        the sum of the losses; whether a target is bad
     label_range(labels, n_threads) -> (int, int)                    the least and the greatest
     number_strings(strings) -> (first, number) or None              distinct ones by first appearance, and which of them

@@ -50,6 +50,10 @@ def run(job: Job, plan: Plan) -> tuple[float, int, int, float]:
     return _kernels.run_rows(_isa.get(), plan, job)
 
 
+def measure(job: Job, plan: Plan, values, target_logit: np.ndarray | None) -> int:
+    return _kernels.measure(_isa.get(), plan, job, values, target_logit)
+
+
 def run_elements(job: ElementJob, plan: Plan) -> tuple[float, bool]:
     return _kernels.run_elements(_isa.get(), plan, job)
 

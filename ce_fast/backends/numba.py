@@ -21,6 +21,7 @@ from ce_fast.backends.numba_columns import MOST_CLASSES, STRIP
 from ce_fast.backends.numba_columns import columns as _columns
 from ce_fast.backends.numba_elements import elements as _elements
 from ce_fast.backends.numba_math import BFLOAT16, FLOAT16, NATIVE, add, jit, make_temperature
+from ce_fast.backends.numba_measure import measure_rows as _measure_rows
 from ce_fast.backends.numba_rows import divergence_rows as _divergence_rows
 from ce_fast.backends.numba_rows import rows as _rows
 from ce_fast.plan import Plan
@@ -295,6 +296,29 @@ def run(job: Job, plan: Plan) -> tuple[float, int, int, float]:
         most = MOST_BLOCKS if in_place else 1
         sums = _each_block(plan, lambda first, last: _run_block(job, plan, first, last, in_place), most)
     return _sum_in_order(np.array(sums, np.float64)), bad, counted, weight_sum
+
+
+def measure(job: Job, plan: Plan, values, target_logit: np.ndarray | None) -> int:
+    rows, dtype = job.rows, np.dtype(np.float64)
+    counts = np.ones(plan.n_rows, bool) if rows.sample_weight is None else rows.sample_weight != 0
+    if target_logit is None:
+        bad, _, _ = scan_targets(rows, plan.n_rows, plan.n_classes)
+        if bad >= 0:
+            return bad
+        counts &= True if rows.target is None else rows.target != rows.ignore_index
+    target, has_target = _int64(rows.target), rows.target is not None
+    names = ("lse", "log_prob", "max", "entropy", "sum_sq_prob", "brier", "argmax", "rank")
+
+    def work(first, last):
+        part = slice(first, last)
+        _measure_rows(
+            _block(job.logits, dtype, first, last), counts[part], target[part], has_target,
+            _EMPTY if target_logit is None else target_logit[part], make_temperature(job.temperature, dtype),
+            *(getattr(values, name)[part] for name in names),
+        )  # fmt: skip
+
+    _each_block(plan, work)
+    return -1
 
 
 def _run_elements_block(job: ElementJob, dtype: np.dtype, first: int, last: int) -> tuple[float, bool]:

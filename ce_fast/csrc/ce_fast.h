@@ -71,6 +71,12 @@ typedef struct {
     void *lse;  /* out (n_rows) in the compute dtype, or NULL */
 } ce_job;
 
+typedef struct { /* out (n_rows) each, in double precision whatever the logits are */
+    double *lse, *log_prob, *max, *entropy, *sum_sq_prob, *brier;
+    int64_t *argmax, *rank;
+    const double *target_logit; /* in (n_rows), for some of a row's classes: the target may be in others; or NULL */
+} ce_measures;
+
 typedef struct { /* elements: every array has the shape (outer..., n_last), zero strides where it is broadcast */
     int64_t n_last;
     int n_outer;
@@ -122,6 +128,9 @@ typedef struct { /* of some rows */
 typedef void (*ce_rows_fn)(const ce_job *job, int64_t first, int64_t last, void *scratch, ce_tally *tally);
 typedef size_t (*ce_scratch_fn)(const ce_job *job);
 
+/* Measures of rows [first, last); those that do not count are left as they are. */
+typedef void (*ce_measures_fn)(const ce_job *job, const ce_measures *out, int64_t first, int64_t last, ce_tally *tally);
+
 /* One phase of one unit: a row in CE_BEGIN and CE_FINISH, one after another; a part of a row, counted along the rows, in
    CE_STATISTICS and, with a gradient, CE_WRITE, in any order. scratch: as many bytes as asked for, shared; of a job that
    does not go by parts, none are. */
@@ -141,6 +150,7 @@ typedef struct {
     const char *name;
     ce_rows_fn rows_float64, rows_float32; /* by compute dtype */
     ce_scratch_fn scratch_float64, scratch_float32;
+    ce_measures_fn measures_float64, measures_float32;
     ce_parts_fn parts_float64, parts_float32;
     ce_scratch_fn parts_scratch_float64, parts_scratch_float32;
     ce_elements_fn elements_float64, elements_float32;

@@ -12,6 +12,7 @@
 #define SINT int64_t
 #define NAME(name) ce_##name##_float64
 #include "rows_tpl.h"
+#include "measure_tpl.h"
 #include "parts_tpl.h"
 #include "ways_tpl.h"
 #include "elements_tpl.h"
@@ -34,6 +35,7 @@
 #define SINT int32_t
 #define NAME(name) ce_##name##_float32
 #include "rows_tpl.h"
+#include "measure_tpl.h"
 #include "parts_tpl.h"
 #include "ways_tpl.h"
 #include "elements_tpl.h"
@@ -49,6 +51,8 @@ const ce_table CE_TABLE(CE_ISA) = {
     .rows_float32 = ce_rows_float32,
     .scratch_float64 = ce_scratch_float64,
     .scratch_float32 = ce_scratch_float32,
+    .measures_float64 = ce_measures_float64,
+    .measures_float32 = ce_measures_float32,
     .parts_float64 = ce_parts_float64,
     .parts_float32 = ce_parts_float32,
     .parts_scratch_float64 = ce_parts_scratch_float64,
