@@ -18,6 +18,7 @@ import numpy as np
 
 from ce_fast import calibration, engine, inputs, moments
 from ce_fast.backends import Rows
+from ce_fast.inputs import Logits
 from ce_fast.losses import CrossEntropyLoss
 from ce_fast.metrics import EvalReport, Metrics
 from ce_fast.moments import Estimate, Moments, RowCount, Table
@@ -61,6 +62,13 @@ def check_call(loss: CrossEntropyLoss, logits, target, sample_weight) -> engine.
 
 def has_softmax(values: RowValues) -> np.ndarray:
     return np.isfinite(values.lse) & ~np.isnan(values.log_prob)
+
+
+def wide_nll(logits: Logits, rows: Rows, used: np.ndarray, temperature: float, n_threads: int | None) -> np.ndarray:
+    """(n_rows,) -log p of the targets, in float64 whatever the dtype; 0 of rows that are not used."""
+    own = Rows(rows.target, rows.ignore_index, sample_weight=used.astype(np.float64))
+    fields = {"logits": logits.rows, "rows": own, "temperature": temperature}
+    return engine.run_block(fields, None, n_threads, wide=True)
 
 
 def _check_amount(name: str, value) -> int:
@@ -238,7 +246,7 @@ class Evaluator:
         self._rows = rows
         self._amounts = {name: n + amounts[name] for name, n in self._amounts.items()}
         if ids is not None:
-            self._add_sequences(*ids, values, counts)
+            self._add_sequences(*ids, values, counts, used)
         self._add_rows(values, weight[used], used, labels)
         if len(outer) > 1:
             place = np.broadcast_to(np.arange(outer[-1]), outer).reshape(-1)[used]
@@ -249,16 +257,18 @@ class Evaluator:
 
     def _temperature_rows(self, call: engine.Call, used: np.ndarray) -> np.ndarray:
         """(n_temperatures, n_rows) of -log p of softmax(logits / T)."""
-        rows = Rows(call.rows.target, call.rows.ignore_index, None, used.astype(np.float64))
-        fields = {"logits": call.logits.rows, "rows": rows}
         grid = self.options["temperatures"] or ()
-        found = [engine.run_block(fields | {"temperature": t}, None, self._loss.n_threads, wide=True) for t in grid]
+        found = [wide_nll(call.logits, call.rows, used, t, self._loss.n_threads) for t in grid]
         return np.array(found).reshape(len(grid), used.size)
 
     def _add_rows(self, values: RowValues, weight: np.ndarray, used: np.ndarray, labels) -> None:
         """To all that is by rank, NLL and confidence; of the rows used alone."""
-        nll, rank, confidence = 0.0 - values.log_prob[used], values.rank[used], (values.max - values.lse)[used]
-        right, confidence = rank == 0, np.exp(confidence)
+        nll, rank, confidence = (
+            0.0 - values.log_prob[used],
+            values.rank[used],
+            np.exp(values.max[used] - values.lse[used]),
+        )
+        right = rank == 0
         top = [rank < k for k in self.options["top_k"]]
         metrics = np.stack([nll, right, 1 / (1.0 + rank), values.brier[used], values.entropy[used], *top])
         self._overall.add(*Moments.of(metrics, weight))
@@ -271,8 +281,8 @@ class Evaluator:
         self._nll_weight += np.bincount(np.minimum(4 * nll, n_bins - 1).astype(np.int64), weight, n_bins)
         self._rank_weight = _added_ranks(self._rank_weight, [np.bincount(rank, w) for w in (weight, weight**2)])
 
-    def _add_sequences(self, ids: list, number: np.ndarray, values: RowValues, counts: np.ndarray) -> None:
-        rows = np.stack([0.0 - values.log_prob, values.rank != 0])[:, counts]
+    def _add_sequences(self, ids: list, number: np.ndarray, values: RowValues, counts, used) -> None:
+        rows = np.stack([np.where(used, 0.0 - values.log_prob, np.nan), ~used | (values.rank != 0)])[:, counts]
         found, part = Moments.of(rows, np.ones(rows.shape[1]), number[counts])
         self._sequences.add([ids[i] for i in found], part)
 

@@ -282,8 +282,8 @@ def check_mergeable(mine, other) -> None:
 
 def plain(value):
     """Numbers, strings, lists and dicts for JSON; what is not finite is None, for JSON has no word for it."""
-    if isinstance(value, Estimate):
-        return {"value": plain(value.value), "stderr": plain(value.stderr)}
+    if hasattr(value, "_asdict"):  # of a NamedTuple
+        return plain(value._asdict())
     if is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, dict):

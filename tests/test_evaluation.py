@@ -87,7 +87,8 @@ class Oracle:
         log_p = torch.log_softmax(torch.from_numpy(x), 1).numpy()
         p = np.exp(log_p)
         self.nll = -log_p[np.arange(len(x)), self.target]
-        self.rank = np.array([list(np.argsort(-row, kind="stable")).index(t) for row, t in zip(x, self.target)])
+        order = np.argsort(-x, axis=1, kind="stable").tolist()
+        self.rank = np.array([row.index(t) for row, t in zip(order, self.target, strict=True)], int)
         self.brier = ((p - np.eye(x.shape[1])[self.target]) ** 2).sum(1)
         self.entropy = -(p * log_p).sum(1)
         self.confidence = p.max(1)
