@@ -170,7 +170,7 @@ class _Task:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.columns = args, PER_ROW[args.command]
-        self.kind: type = Evaluator if args.command == "eval" else Comparison
+        self.kind: type[Evaluator] | type[Comparison] = Evaluator if args.command == "eval" else Comparison
         self.amounts: dict[str, int] = {}
         self.options = {
             "temperature": args.temperature,
@@ -263,9 +263,9 @@ class _Run:
                 advance(self.done)
                 if interrupted:
                     break
-                if self.checkpoint and time.perf_counter() > due:
+                if self.checkpoint and (now := time.perf_counter()) > due:
                     self.save()
-                    due = time.perf_counter() + SAVE_EVERY
+                    due = now + max(SAVE_EVERY, 20 * (time.perf_counter() - now))  # a state of many rows is large
         self.save()
         finished = self.done == self.data.n_rows
         if self.row_file and (finished or not self.checkpoint):
@@ -293,7 +293,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         _say(f"warning: {report.n_invalid} rows have no softmax (NaN or +inf) and are left out{more}: {first}")
     if not finished:
         kept = f"; the same command goes on from {args.resume}" if args.resume else ""
-        _say(f"interrupted after {run.done} of {data.n_rows} rows, whose numbers these are{kept}")
+        _say(f"interrupted after {run.done} of {data.n_rows} {data.unit}, whose numbers these are{kept}")
         tables.show(report)
         return INTERRUPTED
     if args.json:

@@ -305,7 +305,7 @@ def _open_npz(path: str, key: str | None, dtype: str | None) -> Source:
 
 
 def _fill(stream, array: np.ndarray, name: str) -> None:
-    left = memoryview(array.reshape(-1).view(np.uint8))
+    left = array.reshape(-1).view(np.uint8).data
     while len(left):
         try:
             n = stream.readinto1(left[:PIECE])

@@ -93,6 +93,11 @@ class Data:
         """How many make a batch of 64 MiB; of few classes fewer, for what is known of a row counts too."""
         return max(1, files.BATCH // (self.row_bytes + ROW_VALUES * math.prod(self.target.shape[1:])))
 
+    @property
+    def unit(self) -> str:
+        """What is counted along the first axis."""
+        return "rows" if len(self.logits[0].shape) == 2 else "sequences"
+
     def position(self, row: int) -> str:
         """Of a row by its number in C order: its index, or "batch, time"."""
         shape = self.logits[0].shape
@@ -238,13 +243,13 @@ class RowFile:
 
     def finish(self) -> None:
         self.file.close()
-        records = np.memmap(self.part, self.dtype, "r")
+        records, whole = np.memmap(self.part, self.dtype, "r"), self.path + ".tmp"
         if self.path.endswith(".npz"):
-            with open(self.path, "wb") as file:
+            with open(whole, "wb") as file:
                 np.savez(file, **{name: records[name] for name in self.dtype.names or ()})  # type: ignore[arg-type]
         else:
-            _write_parquet(self.path, records)
-        del records
+            _write_parquet(whole, records)
+        os.replace(whole, self.path)
         os.remove(self.part)
 
 

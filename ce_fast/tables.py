@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from ce_fast.evaluation import EvalReport
 from ce_fast.passes import Data
@@ -22,16 +22,16 @@ def progress(data: Data, done: int, quiet: bool) -> Iterator[Callable[[int], Non
 
     columns = (
         BarColumn(),
-        TextColumn("{task.completed}/{task.total} rows  {task.fields[speed]}"),
+        TextColumn("{task.completed}/{task.total} {task.fields[unit]}  {task.fields[speed]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=data.n_rows, completed=done, speed="")
+        task = bar.add_task("", total=data.n_rows, completed=done, speed="", unit=data.unit)
         first, started = done, time.perf_counter()
 
         def advance(rows: int) -> None:
             rate = (rows - first) / (time.perf_counter() - started)
-            bar.update(task, completed=rows, speed=f"{rate:,.0f} rows/s  {rate * data.row_bytes / 1e9:.2f} GB/s")
+            bar.update(task, completed=rows, speed=f"{rate:,.0f} {data.unit}/s  {rate * data.row_bytes / 1e9:.2f} GB/s")
 
         yield advance
 
@@ -49,7 +49,7 @@ def show(report) -> None:
         _table(("percentile", "KL (nats)", "change of p(target)"), lines)
 
 
-def _table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> None:
+def _table(header: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -111,7 +111,7 @@ def _evaluation(report: EvalReport) -> list[tuple[str, str, str]]:
 
 
 def _groups(report: EvalReport) -> list[tuple[str, ...]]:
-    lines = [
+    lines: list[tuple[str, ...]] = [
         (str(label), str(m.n_rows), *_line("", m.nll)[1:], f"{m.perplexity.value:.6g}", f"{m.accuracy.value:.6g}")
         for label, m in list(report.groups.items())[:MOST_GROUPS]
     ]
