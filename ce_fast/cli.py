@@ -21,7 +21,7 @@ from ce_fast.comparison import Comparison
 from ce_fast.config import __version__, show_config
 from ce_fast.evaluation import Evaluator
 
-SAVE_EVERY = 5.0  # seconds
+SAVE_EVERY, SAVE_SHARE = 5.0, 0.05  # seconds, or less often: of the time, for a state of many rows is large
 OPTIONAL = ("rich", "plotly", "pyarrow", "safetensors", "ml_dtypes", "dask", "numba", "scikit-learn", "torch")
 DONE, FAILED, INTERRUPTED, PIPE_CLOSED = 0, 1, 130, 141
 PER_ROW = {
@@ -265,7 +265,7 @@ class _Run:
                     break
                 if self.checkpoint and (now := time.perf_counter()) > due:
                     self.save()
-                    due = now + max(SAVE_EVERY, 20 * (time.perf_counter() - now))  # a state of many rows is large
+                    due = now + max(SAVE_EVERY, (time.perf_counter() - now) / SAVE_SHARE)
         self.save()
         finished = self.done == self.data.n_rows
         if self.row_file and (finished or not self.checkpoint):

@@ -521,6 +521,7 @@ def test_a_comparison_goes_on_too(data, monkeypatch):
     argv = ["compare", *inputs, "--batch-rows", "8", "--resume", data("state"), "--json", data("out.json")]
     monkeypatch.setattr(Comparison, "update", failing)
     monkeypatch.setattr(cli, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(cli, "SAVE_SHARE", np.inf)
     assert cli.main(argv) == 130
     assert cli.main(argv) == 0 and len(calls) == 3 + 3, "two of five batches were done before"
     with open(data("out.json"), encoding="utf-8") as file:
