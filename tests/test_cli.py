@@ -528,18 +528,22 @@ def test_a_comparison_goes_on_too(data, monkeypatch):
         assert json.load(file) | {"seconds": 0} == whole | {"seconds": 0}
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
-@pytest.mark.parametrize("n_classes", (150_000, 30))
-def test_memory_stays_bounded_whatever_the_size_of_the_file(tmp_path, n_classes):
-    """600 MB of zeros that no disk holds: neither memory of its own nor mapped pages pile up."""
-    n_rows = 300_000_000 // n_classes
-    logits, target = tmp_path / "logits.npy", tmp_path / "target.npy"
-    with open(logits, "wb") as file:
-        shape = {"descr": "<f2", "fortran_order": False, "shape": (n_rows, n_classes)}
-        np.lib.format.write_array_header_1_0(file, shape)
+def write_zeros(path, kind):
+    """Logits of some hundred MiB and their targets: a file that takes no disk, or one row group of lists."""
+    n_rows, n_classes = {"classes": (2000, 150_000), "rows": (10_000_000, 30), "parquet": (8000, 8000)}[kind]
+    np.save(path.with_suffix(".target.npy"), np.ones(n_rows, np.int64))
+    if kind == "parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        column = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(n_rows * n_classes, np.float32)), n_classes)
+        pq.write_table(pa.table({"x": column}), path, compression="none", use_dictionary=False)
+        return
+    with open(path, "wb") as file:
+        header = {"descr": "<f2", "fortran_order": False, "shape": (n_rows, n_classes)}
+        np.lib.format.write_array_header_1_0(file, header)
         file.truncate(file.tell() + 2 * n_rows * n_classes)
-    np.save(target, np.full(n_rows, -100 if n_classes < 100 else 1))
-    code = """
+
+
+WATCHED = """
 import sys, threading, time
 from ce_fast import cli
 def now():
@@ -556,8 +560,15 @@ status = cli.main(sys.argv[1:])
 print("MiB", *(b - a for a, b in zip(before, most)))
 sys.exit(status)
 """
-    argv = [sys.executable, "-P", "-c", code, "eval", str(logits), str(target)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
+@pytest.mark.parametrize("kind", ("classes", "rows", "parquet"))
+def test_memory_stays_bounded_whatever_the_size_of_the_file(tmp_path, kind):
+    logits = tmp_path / ("logits.parquet" if kind == "parquet" else "logits.npy")
+    write_zeros(logits, kind)
+    argv = [sys.executable, "-P", "-c", WATCHED, "eval", logits, logits.with_suffix(".target.npy"), "--quiet"]
+    done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     anonymous, mapped = map(int, done.stdout.splitlines()[-1].split()[1:])
-    assert anonymous < 150 and mapped < 150, done.stdout
+    assert anonymous < 150 and mapped < 150, "neither memory of its own nor mapped pages pile up"
