@@ -219,9 +219,12 @@ def _open(path: str, key: str | None, dtype: str | None) -> Source:
     if suffix not in OPENERS:
         raise ValueError(f"{path}: unknown kind of file {suffix!r}; expected one of {', '.join(OPENERS)}")
     try:
-        return OPENERS[suffix](path, key, dtype)
+        source = OPENERS[suffix](path, key, dtype)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path}: damaged: {error}") from error
+    if not source.shape:
+        raise ValueError(f"{source.name} is a scalar; expected an array with rows")
+    return source
 
 
 def _choose(path: str, key: str | None, keys: list[str]) -> str:

@@ -119,11 +119,11 @@ class Data:
         later = int(self._along_rows)
         target = files.rows(self.target, start, stop + later)[later:]
         labels = {what: files.rows(source, start, stop + later) for what, source in self.labels.items()}
-        self._check(target, start + later)
         if self._along_rows and "sequence" in labels:  # the last of a sequence does not predict the first of the next
             ids = labels["sequence"]
             target = np.where(ids[1:] == ids[:-1], target.astype(np.int64), self.ignore_index)
         labels = {what: label[later:] for what, label in labels.items()}
+        self._check(target, labels, start + later)
         if self.shift and not later:
             logits, target = tuple(part[:, :-1] for part in logits), target[:, 1:]
             labels = {what: label[:, 1:] if label.ndim == 2 else label for what, label in labels.items()}
@@ -131,18 +131,16 @@ class Data:
             labels[what] = label if label.ndim == target.ndim else np.broadcast_to(label[:, None], target.shape)
         return Batch(start, stop, logits, target, labels)
 
-    def _check(self, target: np.ndarray, start: int) -> None:
-        """That targets are classes: what the kernels say too, but of a batch, not of a file."""
+    def _check(self, target: np.ndarray, labels: dict[str, np.ndarray], start: int) -> None:
+        """What the evaluators say of a batch too, but not where in which file."""
         n_classes = self.logits[0].shape[-1]
         bad = (target != self.ignore_index) & ((target < 0) | (target >= n_classes))
-        if not bad.any():
-            return
-        at = tuple(int(i) for i in np.argwhere(bad)[0])
-        index = ", ".join(map(str, (at[0] + start, *at[1:])))
-        raise IndexError(
-            f"target [{index}] of {self.target.name} is {target[at]}; "
-            f"expected 0 <= target < {n_classes} or ignore_index={self.ignore_index}"
-        )
+        expected = f"0 <= target < {n_classes} or ignore_index={self.ignore_index}"
+        _refuse(bad, "target", self.target, target, start, expected, IndexError)
+        weight = labels.get("sample_weight")
+        if weight is not None and (inputs.is_float(weight.dtype) or weight.dtype.kind in "iu"):
+            bad = ~(np.isfinite(weight) & (weight >= 0))
+            _refuse(bad, "sample weight", self.labels["sample_weight"], weight, start, "finite values of at least 0")
 
     def sources(self) -> dict[str, Source]:
         names = ("logits",) if len(self.logits) == 1 else ("base", "other")
@@ -166,6 +164,15 @@ class Data:
             }
             for what, source in self.sources().items()
         }
+
+
+def _refuse(bad: np.ndarray, what: str, source: Source, values: np.ndarray, start: int, expected: str, kind=ValueError):
+    """An error that names the first bad value by its index in the file."""
+    if not bad.any():
+        return
+    at = tuple(int(i) for i in np.argwhere(bad)[0])
+    index = ", ".join(map(str, (at[0] + start, *at[1:])))
+    raise kind(f"{what} [{index}] of {source.name} is {values[at]}; expected {expected}")
 
 
 @dataclass(frozen=True)

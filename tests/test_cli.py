@@ -383,6 +383,17 @@ def test_a_target_of_a_sequence_is_named_by_its_index(batched, capsys):
     )
 
 
+def test_a_weight_that_is_none_is_named_by_its_row_in_the_file(batched, capsys):
+    command = ["eval", batched("logits.npy"), batched("target.npy"), "--batch-rows", 2, "--shift", "--sample-weight"]
+    batched.weight[4, 3] = -1
+    np.save(batched("weight.npy"), batched.weight)
+    np.save(batched("6.npy"), np.array([1, 1, 1, 1, 1, np.nan]))
+    fails(
+        capsys, [*command, batched("weight.npy")], r"sample weight \[4, 3\] of .*weight\.npy is -1\.0; expected finite"
+    )
+    fails(capsys, [*command, batched("6.npy")], r"sample weight \[5\] of .*6\.npy is nan; expected finite")
+
+
 def test_an_output_that_cannot_be_written_fails_before_the_run(data, capsys):
     os.mkdir(data("folder.npz"))
     command = ["eval", data("logits.npy"), data("target.npy"), "--resume", data("state")]
@@ -469,7 +480,7 @@ def test_a_closed_pipe_is_no_error_to_speak_of(data):
 
 
 def test_an_interrupted_run_goes_on_to_the_numbers_of_one_that_was_not(tmp_path, rng):
-    data = Files(tmp_path, rng, (4000, 5))
+    data = Files(tmp_path, rng, (3000, 5))
     options = ["--batch-rows", "1", "--sequence", data("sequence.npy"), "--bytes", "1000"]
     more = ["--resume", data("state"), "--per-row", data("a.npz")]
     argv = command("eval", data("logits.npy"), data("target.npy"), *options, *more)
@@ -480,10 +491,10 @@ def test_an_interrupted_run_goes_on_to_the_numbers_of_one_that_was_not(tmp_path,
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "perplexity" in out
-    assert "interrupted after" in err and "of 4000 rows" in err and "goes on from" in err and err.count("\n") == 1
+    assert "interrupted after" in err and "of 3000 rows" in err and "goes on from" in err and err.count("\n") == 1
     with open(data("state"), encoding="utf-8") as file:
         done = json.load(file)["state"]["rows"]
-    assert 0 < done < 4000
+    assert 0 < done < 3000
     resumed = data.run(*options, *more)
     whole = data.run(*options, "--per-row", data("b.npz"))
     assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
@@ -530,7 +541,7 @@ def test_a_comparison_goes_on_too(data, monkeypatch):
 
 def write_zeros(path, kind):
     """Logits of some hundred MiB and their targets: a file that takes no disk, or one row group of lists."""
-    n_rows, n_classes = {"classes": (2000, 150_000), "rows": (10_000_000, 30), "parquet": (8000, 8000)}[kind]
+    n_rows, n_classes = {"classes": (2000, 150_000), "rows": (2_500_000, 30), "parquet": (8000, 8000)}[kind]
     np.save(path.with_suffix(".target.npy"), np.ones(n_rows, np.int64))
     if kind == "parquet":
         pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")

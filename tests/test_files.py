@@ -234,6 +234,12 @@ def test_pickled_objects_are_refused(tmp_path, kind):
         files.open_source(path)
 
 
+def test_a_scalar_has_no_rows(tmp_path):
+    np.save(tmp_path / "x.npy", 1.0)
+    with pytest.raises(ValueError, match=r"x\.npy is a scalar; expected an array with rows"):
+        files.open_source(str(tmp_path / "*.npy"))
+
+
 def test_a_compressed_array_in_fortran_order_is_refused(tmp_path):
     path = write(tmp_path / "x", {"x": np.asfortranarray(np.ones((3, 4)))}, "compressed.npz")
     with pytest.raises(ValueError, match="compressed in Fortran order"):
