@@ -29,7 +29,7 @@ class ModelMetrics(NamedTuple):
     accuracy: Estimate
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ComparisonReport:
     """What a `Comparison` has found; its docstring has the formulas.
 

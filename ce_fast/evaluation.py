@@ -133,7 +133,8 @@ class Evaluator:
     -----
     Nothing of the logits' size is made. What is kept: a few numbers a group, position, rank and bin, and nine a
     sequence; no rows. Rows that do not count (ignored, or of weight 0) are not read. The same batches in the same order
-    give the same bits for any number of threads; parts merged in another order agree to rounding.
+    give the same bits for any number of threads; parts merged in another order agree to rounding. Threads that update
+    at the same time take an evaluator each, and merge.
 
     Examples
     --------
@@ -261,6 +262,7 @@ class Evaluator:
         found = [wide_nll(call.logits, call.rows, used, t, self._loss.n_threads) for t in grid]
         return np.array(found).reshape(len(grid), used.size)
 
+    @np.errstate(all="ignore")
     def _add_rows(self, values: RowValues, weight: np.ndarray, used: np.ndarray, labels) -> None:
         """To all that is by rank, NLL and confidence; of the rows used alone."""
         nll, rank, confidence = (
@@ -279,7 +281,13 @@ class Evaluator:
         self._bins.add(*Moments.of(np.stack([confidence, right, right - confidence]), weight, number))
         n_bins = len(self._nll_weight)
         self._nll_weight += np.bincount(np.minimum(4 * nll, n_bins - 1).astype(np.int64), weight, n_bins)
-        self._rank_weight = _added_ranks(self._rank_weight, [np.bincount(rank, w) for w in (weight, weight**2)])
+        self._add_ranks(np.stack([np.bincount(rank, w) for w in (weight, weight**2)]))
+
+    def _add_ranks(self, sums: np.ndarray) -> None:
+        new = sums.shape[1] - self._rank_weight.shape[1]
+        if new > 0:
+            self._rank_weight = np.pad(self._rank_weight, ((0, 0), (0, new)))
+        self._rank_weight[:, : sums.shape[1]] += sums
 
     def _add_sequences(self, ids: list, number: np.ndarray, values: RowValues, counts, used) -> None:
         rows = np.stack([np.where(used, 0.0 - values.log_prob, np.nan), ~used | (values.rank != 0)])[:, counts]
@@ -309,7 +317,7 @@ class Evaluator:
         for ours, theirs in ((self._groups, other._groups), (self._sequences, other._sequences)):
             ours.add(list(theirs.place), theirs.filled())
         self._nll_weight = self._nll_weight + other._nll_weight
-        self._rank_weight = _added_ranks(self._rank_weight, other._rank_weight)
+        self._add_ranks(other._rank_weight)
         return self
 
     def _moments(self) -> dict[str, Moments]:
@@ -320,6 +328,7 @@ class Evaluator:
             "temperatures": self._temperatures,
         }
 
+    @np.errstate(all="ignore")
     def compute(self) -> EvalReport:
         """The report on what was seen so far; NaN where nothing was."""
         overall, groups = self._metrics(self._overall, 0), self._groups.filled()
@@ -449,7 +458,3 @@ class Evaluator:
             raise ValueError(f"nll_weight has {len(new._nll_weight)} bins; expected {len(NLL_EDGES) - 1}")
         new._rank_weight = np.ascontiguousarray(moments.unpack(state["rank_weight"], 2).T)
         return new
-
-
-def _added_ranks(a: np.ndarray, b) -> np.ndarray:
-    return np.stack([moments.padded_sum(x, y) for x, y in zip(a, b, strict=True)])

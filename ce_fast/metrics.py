@@ -25,7 +25,7 @@ class Metrics:
     top_k_accuracy: dict[int, Estimate]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class EvalReport:
     """What an `Evaluator` has found; its docstring has the formulas.
 
@@ -77,6 +77,7 @@ class EvalReport:
     best_temperature: float | None
     sequences: dict[str, np.ndarray]
 
+    @np.errstate(all="ignore")
     def top_k(self, k: int) -> Estimate:
         """How often the target is among the k classes of the largest logits, for any k."""
         if inputs.check_integer("k", k) < 1:

@@ -105,10 +105,12 @@ class Moments:
 
     @property
     def stderrs(self) -> np.ndarray:
-        """sqrt(n / (n - 1) sum w^2 (v - m)^2) / sum w; NaN of fewer than two rows."""
-        n, mass = self.sums[:, 0:1], self.sums[:, 1:2]
+        """sqrt(n / (n - 1) sum w^2 (v - m)^2) / sum w; NaN of fewer than two rows, or where every w^2 is less than
+        float64 holds."""
+        n, mass, square = (self.sums[:, i : i + 1] for i in range(3))
         with np.errstate(all="ignore"):
-            return np.where(n > 1, np.sqrt(n / (n - 1) * np.maximum(self.of_metrics(2), 0)) / mass, np.nan)
+            found = np.sqrt(n / (n - 1) * np.maximum(self.of_metrics(2), 0)) / mass
+            return np.where((n > 1) & (square > 0), found, np.nan)
 
     def estimates(self, group: int = 0) -> list[Estimate]:
         """Of each metric."""
@@ -215,14 +217,6 @@ class RowCount:
                 f"{', '.join(map(str, self.first_invalid))}{more}, counted over all updates; "
                 f"nan_policy='omit' leaves such rows out"
             )
-
-
-def padded_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The sum of arrays of any lengths."""
-    total = np.zeros(max(len(a), len(b)))
-    total[: len(a)] += a
-    total[: len(b)] += b
-    return total
 
 
 # --- Written down -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+from evaluations import WEIGHTS, assert_close
 
 import ce_fast as ce
 from ce_fast.comparison import KL_EDGES, PERCENTS, Comparison, percentiles
@@ -14,7 +15,6 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 torch = pytest.importorskip("torch")
 
 DTYPES = [(np.float64, np.float64), (np.float32, np.float32), (ml_dtypes.bfloat16, np.float32)]
-WEIGHTS = ["unweighted", "weighted"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,22 +38,6 @@ def compared(parts, **options):
     for part in parts:
         comparison.update(*part)
     return comparison
-
-
-def flat(value, name=""):
-    if isinstance(value, dict):
-        return {k: v for key, each in value.items() for k, v in flat(each, f"{name}.{key}").items()}
-    if isinstance(value, list):
-        return flat(dict(enumerate(value)), name)
-    return {name: value}
-
-
-def assert_close(actual, expected, rel):
-    actual, expected = (flat(report.to_dict()) for report in (actual, expected))
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        exact = value is None or isinstance(value, str)
-        assert actual[name] == (value if exact else pytest.approx(value, rel=rel, abs=1e-15)), name
 
 
 # --- Every number -----------------------------------------------------------------------------------------------------
