@@ -238,14 +238,28 @@ class Evaluator:
         labels = None if group is None else moments.as_labels(group, outer, "group")
         ids = None if sequence is None else moments.as_labels(sequence, outer, "sequence")
         values = row_values(call.logits, call.rows, temperature=self._loss.temperature, n_threads=self._loss.n_threads)
-        counts, _, weight = engine._pick(call.rows)
-        used = counts & has_softmax(values)
-        rows = self._rows + RowCount.of(counts, used)
-        rows.check(self.options["nan_policy"])
-        by_temperature = self._temperature_rows(call, used)
+        by_temperature = self._temperature_rows(call, engine._pick(call.rows)[0] & has_softmax(values))
+        self._add(call.rows, outer, values, by_temperature, labels, ids, amounts)
+        return values
 
-        self._rows = rows
-        self._amounts = {name: n + amounts[name] for name, n in self._amounts.items()}
+    def _add(
+        self,
+        rows: Rows,
+        outer: tuple[int, ...],
+        values: RowValues,
+        by_temperature: np.ndarray,  # (n_temperatures, n_rows)
+        labels: tuple[list, np.ndarray] | None = None,
+        ids: tuple[list, np.ndarray] | None = None,
+        amounts: dict[str, int] | None = None,
+    ) -> None:
+        """An update by what was found of its logits, which may lie elsewhere, in parts."""
+        counts, _, weight = engine._pick(rows)
+        used = counts & has_softmax(values)
+        seen = self._rows + RowCount.of(counts, used)
+        seen.check(self.options["nan_policy"])
+
+        self._rows = seen
+        self._amounts = {name: n + (amounts or {}).get(name, 0) for name, n in self._amounts.items()}
         if ids is not None:
             self._add_sequences(*ids, values, counts, used)
         self._add_rows(values, weight[used], used, labels)
@@ -254,7 +268,6 @@ class Evaluator:
             self._positions.reserve(outer[-1])
             self._positions.add(*Moments.of(0.0 - values.log_prob[None, used], weight[used], place))
         self._temperatures.add(*Moments.of(by_temperature[:, used], weight[used]))
-        return values
 
     def _temperature_rows(self, call: engine.Call, used: np.ndarray) -> np.ndarray:
         """(n_temperatures, n_rows) of -log p of softmax(logits / T)."""

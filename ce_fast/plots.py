@@ -6,7 +6,7 @@ draw, not before.
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ class Trace:
     dash: bool = False
 
     def error(self) -> np.ndarray | None:
-        return None if self.stderr is None else np.nan_to_num(self.stderr)
+        return None if self.stderr is None else np.where(np.isfinite(self.stderr), self.stderr, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,10 +273,11 @@ def loss_by_group(report, ax=None):
     by_weight = sorted(report.groups.items(), key=lambda item: -item[1].weight)[:MOST_GROUPS]
     shown = {label: metrics for label, metrics in report.groups.items() if label in dict(by_weight)}
     nll = np.array([metrics.nll for metrics in shown.values()]).reshape(-1, 2)
+    names = tuple(f"{label}{' (infinite)' if np.isinf(of.nll.value) else ''}" for label, of in shown.items())
     x, few = np.arange(len(shown)), len(shown) < len(report.groups)
     bars = Trace("bars", x, nll[:, 0], "mean loss", nll[:, 1], np.full(len(x), 0.8))
     title = "Loss by group" + (f": the {MOST_GROUPS} of the largest weights" if few else "")
-    return _draw(Plot(title, "group", "mean loss (nats)", (bars,), x_names=tuple(map(str, shown))), ax)
+    return _draw(Plot(title, "group", "mean loss (nats)", (bars,), x_names=names), ax)
 
 
 def top_k_curve(report, ax=None):
@@ -439,7 +440,9 @@ def _curves(title: str, losses: dict[str, Any], n_classes: int) -> Plot:
 
 
 def _draw(plot: Plot, ax: Any):
-    """The one place that knows a plot's library."""
+    """The one place that chooses a library. An infinite loss leaves a gap."""
+    traces = [replace(trace, y=np.where(np.isfinite(trace.y), trace.y, np.nan)) for trace in plot.traces]
+    plot = replace(plot, traces=tuple(traces))
     return _plotly(plot) if ax is None else _matplotlib(plot, ax)
 
 

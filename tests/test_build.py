@@ -17,7 +17,7 @@ PYTHON = {
     "rows", "tables", "threads", "top_k",
     "backends/__init__", "backends/compiled", "backends/numba", "backends/numba_columns", "backends/numba_elements",
     "backends/numba_math", "backends/numba_measure", "backends/numba_rows",
-    "adapters/__init__", "adapters/boosting", "adapters/numpy", "adapters/torch",
+    "adapters/__init__", "adapters/boosting", "adapters/dask", "adapters/numpy", "adapters/torch",
     "adapters/torch_autograd", "adapters/torch_kl", "adapters/torch_linear", "adapters/torch_ops",
     "adapters/torch_parallel", "adapters/torch_patch",
     "adapters/sklearn", "adapters/sklearn_classifier", "adapters/sklearn_display", "adapters/sklearn_inputs",

@@ -186,6 +186,21 @@ def test_reports_of_next_to_nothing_are_drawn(name, n_rows):
     assert getattr(plots, name)(evaluator.compute()).to_json()
 
 
+def test_an_infinite_loss_is_a_gap_that_is_named():
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    evaluator = ce.Evaluator(class_axis=-1)
+    evaluator.update([[[0.0, -np.inf], [0.0, 0.0]]], [[1, 0]], group=[["a", "b"]])
+    report = evaluator.compute()
+    figure = plots.loss_by_group(report)
+    assert list(figure.layout.xaxis.ticktext) == ["a (infinite)", "b"]
+    np.testing.assert_allclose(figure.data[0].y, [np.nan, np.log(2)])
+    np.testing.assert_allclose(plots.loss_by_position(report).data[0].y, [np.nan, np.log(2)])
+    for plot in (plots.loss_by_group, plots.loss_by_position, plots.nll_histogram):
+        plot(report, Figure().subplots()).figure.canvas.draw()
+
+
 # --- Of losses --------------------------------------------------------------------------------------------------------
 
 
