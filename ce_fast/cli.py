@@ -237,12 +237,12 @@ class _Run:
 
     @contextlib.contextmanager
     def _rows_kept(self):
-        """Without a state to go on from, an error leaves no part of a file behind."""
+        """After an error too; but without a state to go on from, no part of a file is left behind."""
         try:
             yield
         except BaseException:
-            if self.row_file and not self.checkpoint:
-                self.row_file.discard()
+            if self.row_file:
+                self.row_file.close(keep=self.checkpoint is not None)
             raise
 
     def go(self) -> bool:

@@ -244,12 +244,13 @@ class RowFile:
         self.file.flush()
         return self.file.tell() // self.dtype.itemsize
 
-    def discard(self) -> None:
+    def close(self, keep: bool) -> None:
         self.file.close()
-        os.remove(self.part)
+        if not keep:
+            os.remove(self.part)
 
     def finish(self) -> None:
-        self.file.close()
+        self.close(keep=True)
         records, whole = np.memmap(self.part, self.dtype, "r"), self.path + ".tmp"
         if self.path.endswith(".npz"):
             with open(whole, "wb") as file:
@@ -257,7 +258,7 @@ class RowFile:
         else:
             _write_parquet(whole, records)
         os.replace(whole, self.path)
-        os.remove(self.part)
+        self.close(keep=False)
 
 
 def _write_parquet(path: str, records: np.ndarray) -> None:

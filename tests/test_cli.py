@@ -518,11 +518,11 @@ def test_a_finished_state_says_the_same_again_and_one_of_another_run_is_refused(
         fails(capsys, argv, "is no state that ce-fast saved")
 
 
-def test_a_comparison_goes_on_too(data, monkeypatch):
-    whole, calls = data.compare("--batch-rows", 8), []
+def test_a_run_that_died_goes_on_from_its_last_state(data, monkeypatch):
+    whole, calls = data.compare("--batch-rows", 8, "--per-row", data("whole.npz")), []
     update = Comparison.update
 
-    def failing(self, *args):
+    def dying(self, *args):
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -530,23 +530,40 @@ def test_a_comparison_goes_on_too(data, monkeypatch):
 
     inputs = [data("logits.npy"), data("other.npy"), data("target.npy")]
     argv = ["compare", *inputs, "--batch-rows", "8", "--resume", data("state"), "--json", data("out.json")]
-    monkeypatch.setattr(Comparison, "update", failing)
-    monkeypatch.setattr(cli, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(cli, "SAVE_SHARE", np.inf)
-    assert cli.main(argv) == 130
-    assert cli.main(argv) == 0 and len(calls) == 3 + 3, "two of five batches were done before"
+    argv += ["--per-row", data("rows.npz")]
+    monkeypatch.setattr(Comparison, "update", dying)
+    assert cli.main(argv) == 130 and os.path.getsize(data("rows.npz.part")) == 2 * 8 * 4 * 8
+    assert cli.main(argv) == 0 and len(calls) == 3 + 4, "the state was kept after the first of five batches"
     with open(data("out.json"), encoding="utf-8") as file:
         assert json.load(file) | {"seconds": 0} == whole | {"seconds": 0}
+    ours, expected = read_rows(data("rows.npz")), read_rows(data("whole.npz"))
+    assert all(np.array_equal(ours[name], expected[name], equal_nan=True) for name in expected)
+
+
+def test_a_state_whose_rows_are_gone_begins_again_only_if_told(data, capsys):
+    options = ["--resume", data("state"), "--per-row", data("rows.npz")]
+    data.run(*options)
+    os.remove(data("rows.npz"))
+    fails(capsys, ["eval", data("logits.npy"), data("target.npy"), *options], r"rows\.npz\.part has not the 40 rows")
 
 
 def write_zeros(path, kind):
-    """Logits of some hundred MiB and their targets: a file that takes no disk, or one row group of lists."""
-    n_rows, n_classes = {"classes": (2000, 150_000), "rows": (2_500_000, 30), "parquet": (8000, 8000)}[kind]
+    """Logits of some hundred MiB and their targets: a file that takes no disk, or one group or batch of rows."""
+    n_rows, n_classes = {
+        "classes": (2000, 150_000),
+        "rows": (2_500_000, 30),
+        "parquet": (8000, 8000),
+        "feather": (8000, 8000),
+    }[kind]
     np.save(path.with_suffix(".target.npy"), np.ones(n_rows, np.int64))
-    if kind == "parquet":
-        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    if kind in ("parquet", "feather"):
+        pa = pytest.importorskip("pyarrow")
         column = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(n_rows * n_classes, np.float32)), n_classes)
-        pq.write_table(pa.table({"x": column}), path, compression="none", use_dictionary=False)
+        table = pa.table({"x": column})
+        if kind == "feather":
+            pytest.importorskip("pyarrow.feather").write_feather(table, path, "uncompressed")
+        else:
+            pytest.importorskip("pyarrow.parquet").write_table(table, path, compression="none", use_dictionary=False)
         return
     with open(path, "wb") as file:
         header = {"descr": "<f2", "fortran_order": False, "shape": (n_rows, n_classes)}
@@ -574,9 +591,9 @@ sys.exit(status)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
-@pytest.mark.parametrize("kind", ("classes", "rows", "parquet"))
+@pytest.mark.parametrize("kind", ("classes", "rows", "parquet", "feather"))
 def test_memory_stays_bounded_whatever_the_size_of_the_file(tmp_path, kind):
-    logits = tmp_path / ("logits.parquet" if kind == "parquet" else "logits.npy")
+    logits = tmp_path / f"logits.{kind if kind in ('parquet', 'feather') else 'npy'}"
     write_zeros(logits, kind)
     argv = [sys.executable, "-P", "-c", WATCHED, "eval", logits, logits.with_suffix(".target.npy"), "--quiet"]
     done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, timeout=120)
