@@ -136,8 +136,10 @@ def cross_entropy(
         or sample_weight is not None
     )
     plain = weight is None and size_average is None and reduce is None and reduction == "mean" and not label_smoothing
-    if plain and not ours and not inplace_backward and autograd.is_common(input, target):
-        return autograd.mean_cross_entropy(input, target, ignore_index)
+    if plain and not ours and not inplace_backward:
+        mean = autograd.mean_cross_entropy(input, target, ignore_index)
+        if mean is not None:
+            return mean
     unseen = autograd.is_unseen(input, target, weight, sample_weight, by_operation=True)
     if not ours and (unseen or (not target.is_floating_point() and autograd.only_torch_reads(input, target, weight))):
         return own.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)

@@ -359,40 +359,45 @@ class _Kernels(torch.autograd.Function):
 
     A mean or sum has one upstream gradient u, and d(u l)/dx = u dl/dx: dl/dx is computed along with l in one pass,
     and given away at the first backward. A later backward, and reduction "none", compute it from the logits. The last
-    `names` of the tensors are options of the formula; `done` is (l, dl/dx) where both are known already.
+    `names` of the tensors are options of the formula; `done` is (l, dl/dx), as arrays, where both are known already.
 
     In place it takes the memory of the logits, from which nothing can be computed any more; that of 16-bit logits only
     in backward, where the factor is known that must come before the rounding.
     """
 
     @staticmethod
-    def forward(ctx, call, *tensors):
-        loss, formula, names, dtype, in_place, done = call
+    def forward(ctx, call, done, *tensors):
         ctx.save_for_backward(*tensors)
-        ctx.loss, ctx.formula, ctx.names, ctx.in_place, ctx.gradient = loss, formula, names, in_place, None
+        ctx.call, ctx.gradient, ctx.overwritten = call, None, False
+        if done is not None:
+            ctx.gradient = torch.from_numpy(done[1])
+            return torch.from_numpy(done[0])
+        loss, _, names, dtype, in_place = call
         ctx.overwritten = in_place and loss.reduction != "none" and tensors[0].itemsize > 2
-        if done is None:
-            given = _arrays(tensors[: len(tensors) - len(names)])
-            if loss.reduction == "none" or (in_place and not ctx.overwritten):
-                return _tensor(loss(*given), dtype)
-            done = loss.value_and_grad(*given, out=given[0] if in_place else None)
-            if in_place:
-                increment_version(tensors[0])
-        value, gradient = done
+        given = _arrays(tensors[: len(tensors) - len(names)])
+        if loss.reduction == "none" or (in_place and not ctx.overwritten):
+            return _tensor(loss(*given), dtype)
+        value, gradient = loss.value_and_grad(*given, out=given[0] if in_place else None)
+        if in_place:
+            increment_version(tensors[0])
         ctx.gradient = _gradient_tensor(gradient)
         return _tensor(value, dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor):  # type: ignore[override]
-        differentiated = _is_differentiated(upstream)
-        if ctx.overwritten and (differentiated or ctx.gradient is None):
-            raise RuntimeError(
-                "inplace_backward=True: the logits are overwritten by their gradient, of which there is "
-                "no second one, and no gradient of a gradient"
-            )
-        gradient = (_formula_gradient if differentiated else _kernel_gradient)(ctx, upstream)
-        n_arguments = len(ctx.needs_input_grad)
-        return None, gradient, *(None,) * (n_arguments - 2)
+        gradient = (_formula_gradient if _is_differentiated(upstream) else _kernel_gradient)(ctx, upstream)
+        return None, None, gradient, *_NO_GRADIENTS
+
+
+_NO_GRADIENTS = (None,) * 16  # more than there are tensors, of which autograd takes as many as it needs
+
+
+def _check_not_overwritten(ctx: Any) -> None:
+    if ctx.overwritten:
+        raise RuntimeError(
+            "inplace_backward=True: the logits are overwritten by their gradient, of which there is "
+            "no second one, and no gradient of a gradient"
+        )
 
 
 # Function.apply without what it does for torch.func, which does not come here: it took a tenth of a small call's time
@@ -405,29 +410,36 @@ def _is_differentiated(upstream: Tensor) -> bool:
 
 
 def _formula_gradient(ctx: Any, upstream: Tensor) -> Tensor:
+    _check_not_overwritten(ctx)
+    _, formula, names, _, _ = ctx.call
     create_graph, tensors = torch.is_grad_enabled(), ctx.saved_tensors
     with torch.enable_grad():
         input, *others = _compute(tensors)
         input = input.view_as(input)  # whose hooks are not those of the logits, which run once
-        n_given = len(others) - len(ctx.names)
-        value = ctx.formula(input, *others[:n_given], **dict(zip(ctx.names, others[n_given:], strict=True)))
+        n_given = len(others) - len(names)
+        value = formula(input, *others[:n_given], **dict(zip(names, others[n_given:], strict=True)))
         (gradient,) = torch.autograd.grad(value, input, upstream.to(value.dtype), create_graph=create_graph)
     return gradient.to(tensors[0].dtype)
 
 
 def _kernel_gradient(ctx: Any, upstream: Tensor) -> Tensor:
     gradient, ctx.gradient = ctx.gradient, None  # no reference stays: autograd may add to it in place
-    factor = _array(upstream) if ctx.loss.reduction == "none" else upstream.item()
+    factor = _array(upstream) if gradient is None and ctx.call[0].reduction == "none" else upstream.item()
+    if gradient is not None and factor == 1:
+        return gradient
     # 16-bit gradients are scaled before they are rounded, or a loss scale would come too late for small ones
-    if gradient is None or (factor != 1 and gradient.itemsize == 2):
-        tensors = ctx.saved_tensors
-        given = _arrays(tensors[: len(tensors) - len(ctx.names)])
-        out = None if gradient is None else _array(gradient)
-        if ctx.in_place:
-            out, ctx.overwritten = given[0], True
-            increment_version(tensors[0])
-        return _gradient_tensor(ctx.loss.value_and_grad(*given, out=out, upstream=factor)[1])
-    return gradient if factor == 1 else gradient.mul_(factor)
+    if gradient is not None and gradient.itemsize > 2:
+        return gradient.mul_(factor)
+    if gradient is None:
+        _check_not_overwritten(ctx)
+    loss, _, names, _, in_place = ctx.call
+    tensors = ctx.saved_tensors
+    given = _arrays(tensors[: len(tensors) - len(names)])
+    out = None if gradient is None else _array(gradient)
+    if in_place:
+        out, ctx.overwritten = given[0], True
+        increment_version(tensors[0])
+    return _gradient_tensor(loss.value_and_grad(*given, out=out, upstream=factor)[1])
 
 
 # ------------------------------------------------------------------------------------------ which way a call goes
@@ -436,12 +448,18 @@ def _kernel_gradient(ctx: Any, upstream: Tensor) -> Tensor:
 def _recorded() -> bool:
     """Whether something records or transforms torch's operations just now, and would not see ours."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        _is_compiling()
+        or _are_transforms_active()
         or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.jit.is_tracing()
+        or _n_dispatch_modes() > 0
+        or _is_tracing()
     )
+
+
+# by names of their own, as what is asked of every call: a microsecond of two in a small one
+_is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_n_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def is_unseen(input, target, *others, by_operation: bool = False) -> bool:
@@ -518,8 +536,8 @@ def run(
     if input.requires_grad and torch.is_grad_enabled():
         if in_place:
             _check_overwritable(input)
-        call = loss, functools.partial(kind.formula, **options), tuple(tensors), dtype, in_place, None
-        result = _apply_kernels(call, *data, *tensors.values())
+        call = loss, functools.partial(kind.formula, **options), tuple(tensors), dtype, in_place
+        result = _apply_kernels(call, None, *data, *tensors.values())
         if in_place:
             input._ce_fast_version = input._version  # type: ignore[attr-defined]  # so that no other loss takes it
         return result
@@ -543,50 +561,42 @@ def loss_of(kind, input: Tensor, tensors: dict[str, Tensor], options: dict[str, 
     return (_make if tensors else make_once)(kind, **arrays, **more, **options)
 
 
-def is_common(input: Tensor, target: Tensor) -> bool:
-    """Whether these are plain tensors of rows of logits and of their class indices, which the kernels see."""
-    return (
-        type(input) is Tensor
-        and type(target) is Tensor
-        and (input.dtype is torch.float32 or input.dtype is torch.float64)
-        and target.dtype is torch.int64
-        and input.ndim == 2
-        and target.ndim == 1
-        and input.is_cpu
-        and target.is_cpu
-        and input.layout is torch.strided
-        and target.layout is torch.strided
-        and not _recorded()
-        and not _is_batched(input)
-        and not _is_batched(target)
-        and input.data_ptr() != 0
-        and target.data_ptr() != 0
-    )
-
-
 @functools.lru_cache(maxsize=16)
-def _common(ignore_index: int, n_threads: int) -> tuple[CrossEntropy, Callable[..., Tensor]]:
+def _common(ignore_index: int, n_threads: int, dtype: torch.dtype) -> tuple:
+    """What a node is called with."""
     loss = CrossEntropy(ignore_index=ignore_index, n_threads=n_threads)
     options = {name: getattr(loss, name) for name in ("weight", *_CLASS_OPTIONS)}
-    return loss, functools.partial(CrossEntropy.formula, **options)
+    return loss, functools.partial(CrossEntropy.formula, **options), (), dtype, False
 
 
-def mean_cross_entropy(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """The call that is made most, of tensors that `is_common`: (32, 10) takes 5 us, `run` 30."""
-    dtype, needs_gradient, done = input.dtype, input.requires_grad and torch.is_grad_enabled(), None
-    n_rows, n_classes = input.shape
-    small = n_rows * n_classes < threads.SERIAL_LOGITS
-    x, t, plain = input.data_ptr(), target.data_ptr(), input.is_contiguous() and target.is_contiguous()
-    plain = plain and not (input.is_neg() or target.is_neg() or x % input.itemsize or t % 8)
-    if small and plain and target.numel() == n_rows:
-        where = x, dtype is torch.float64, n_rows, n_classes, t
-        done = backends.active().small_call_at(*where, ignore_index, needs_gradient)
-    if done is not None and not needs_gradient:
-        return _tensor(done[0], dtype)
-    loss, formula = _common(ignore_index, 1 if small else torch.get_num_threads())
+def mean_cross_entropy(input: Tensor, target: Tensor, ignore_index: int) -> Tensor | None:
+    """The call that is made most: of plain tensors of rows of logits and of their class indices, which the kernels see.
+    None of any other. (32, 10) takes 5 us, `run` 30."""
+    if type(input) is not Tensor or type(target) is not Tensor or _recorded():
+        return None
+    dtype, shape = input.dtype, input.shape
+    if not ((dtype is torch.float32 or dtype is torch.float64) and target.dtype is torch.int64):
+        return None
+    if len(shape) != 2 or target.ndim != 1 or not (input.is_cpu and target.is_cpu):
+        return None
+    try:
+        x, t = input.data_ptr(), target.data_ptr()
+    except RuntimeError:  # sparse, or batched by torch
+        return None
+    if not (x and t):  # freed, or all zeros
+        return None
+    n_rows, n_classes = shape
+    needs_gradient, done = input.requires_grad and torch.is_grad_enabled(), None
+    small, plain = n_rows * n_classes < threads.SERIAL_LOGITS, input.is_contiguous() and target.is_contiguous()
+    if small and plain and not (input.is_neg() or target.is_neg()) and target.numel() == n_rows:
+        wide = dtype is torch.float64
+        done = backends.active().small_call_at(x, wide, n_rows, n_classes, t, ignore_index, needs_gradient)
+        if done is not None and not needs_gradient:
+            return torch.from_numpy(done[0])
+    call = _common(ignore_index, 1 if small else torch.get_num_threads(), dtype)
     if needs_gradient:
-        return _apply_kernels((loss, formula, (), dtype, False, done), input, target, None)
-    return _tensor(loss(_array(input), _array(target)), dtype)
+        return _apply_kernels(call, done, input, target, None)
+    return _tensor(call[0](_array(input), _array(target)), dtype)
 
 
 def _check_overwritable(input: Tensor) -> None:

@@ -428,9 +428,21 @@ def small_call(int isa, cnp.ndarray logits, cnp.ndarray target, int64_t ignore_i
 
 def small_call_at(int isa, size_t logits, bint wide, int64_t n_rows, int64_t n_classes, size_t target,
                   int64_t ignore_index, bint gradient):
-    """`small_call` of contiguous logits, float64 if `wide`, else float32, and int64 targets at these addresses."""
-    return _small_call(isa, <char *>logits, cnp.NPY_FLOAT64 if wide else cnp.NPY_FLOAT32, n_rows, n_classes,
-                       <void *>target, CE_INT64, ignore_index, gradient)
+    """`small_call` of contiguous logits, float64 if `wide`, else float32, and int64 targets at these addresses; the mean
+    is an array of their dtype."""
+    cdef int kind = cnp.NPY_FLOAT64 if wide else cnp.NPY_FLOAT32
+    cdef cnp.ndarray mean
+    if target % 8 or logits % (8 if wide else 4):
+        return None
+    done = _small_call(isa, <char *>logits, kind, n_rows, n_classes, <void *>target, CE_INT64, ignore_index, gradient)
+    if done is None:
+        return None
+    mean = cnp.PyArray_EMPTY(0, NULL, kind, 0)
+    if wide:
+        (<double *>cnp.PyArray_DATA(mean))[0] = done[0]
+    else:
+        (<float *>cnp.PyArray_DATA(mean))[0] = <float><double>done[0]
+    return mean, done[1]
 
 
 cdef _small_call(int isa, char *x, int kind, int64_t n, int64_t k, void *target, int target_type,

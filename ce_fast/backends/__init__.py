@@ -7,7 +7,8 @@ A backend is a module with
     empty_like(array, dtype) -> ndarray                             for a gradient
     small_call(logits, target, ignore_index, gradient)              (mean, gradient), or None: not the common case
     small_call_at(logits, wide, n_rows, n_classes, target, ignore_index, gradient)
-                                                                    the same, of contiguous memory at these addresses
+                                                                    the same, of contiguous memory at these addresses;
+                                                                    the mean as an array
     run(job, plan) -> (loss_sum, bad, counted, weight_sum)          bad rows are not read
     measure(job, plan, values, target_logit) -> bad                 to `RowValues` of rows.py; target_logit: of targets
                                                                     that may be in other parts of a row, or None

@@ -42,7 +42,7 @@ def small_call(logits, target, ignore_index: int, gradient: bool) -> tuple[float
     return _kernels.small_call(_isa.get(), logits, target, ignore_index, gradient)
 
 
-def small_call_at(*what) -> tuple[float, np.ndarray | None] | None:
+def small_call_at(*what) -> tuple[np.ndarray, np.ndarray | None] | None:
     return _kernels.small_call_at(_isa.get(), *what)
 
 
