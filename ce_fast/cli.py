@@ -309,7 +309,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _write_json(path: str, found: dict) -> None:
-    text = json.dumps(found, indent=1, allow_nan=False) + "\n"
+    lines = (f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in found.items())
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
     if path == "-":
         sys.stdout.write(text)
         return

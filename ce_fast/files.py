@@ -366,7 +366,7 @@ def _open_arrow(path: str, key: str | None, dtype: str | None) -> Source:
         except pa.ArrowInvalid:
             buffer.seek(0)
             opened = pa.ipc.open_stream(buffer)
-            return mapped, opened, opened
+            return mapped, opened, iter(opened)
 
     def batches(key: str, size: int):
         mapped, _, found = reader()
@@ -378,7 +378,8 @@ def _open_arrow(path: str, key: str | None, dtype: str | None) -> Source:
 
     try:
         _, opened, found = reader()
-        n_rows = sum(batch.num_rows for batch in found) if opened is found else opened.count_rows()
+        counts = hasattr(opened, "count_rows")  # not of streams, nor of pyarrow before 26
+        n_rows = opened.count_rows() if counts else sum(batch.num_rows for batch in found)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: damaged, or no Arrow IPC file: {error}") from error
     return _open_columns(path, key, dtype, opened.schema, n_rows, batches)
