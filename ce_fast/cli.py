@@ -338,7 +338,11 @@ def _run(argv: Sequence[str]) -> int:
         from ce_fast import bench
 
         return bench.main(argv[1:])
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        hint = "" if rest[0].startswith("-") else " (the shell expands a pattern that is not in quotes)"
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if args.command == "info":
         return _info()
     if args.command == "demo":
