@@ -1,5 +1,7 @@
 """The command ce-fast gives the numbers of Evaluator and Comparison on the arrays, and says plainly what is wrong."""
 
+import contextlib
+import io
 import json
 import os
 
@@ -253,6 +255,21 @@ def test_the_same_command_prints_the_same(data, capsys):
         assert cli.main(["compare", data("logits.npy"), data("other.npy"), data("target.npy")]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and "KL(base || other)" in texts[0] and "99.9 %" in texts[0]
+
+
+def test_a_terminal_shows_progress_and_a_drawn_table(data, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    for options in ([], ["--quiet"]):
+        out, err = Terminal(), Terminal()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            assert cli.main(["eval", data("logits.npy"), data("target.npy"), "--batch-rows", "4", *options]) == 0
+        assert "\u2500" in out.getvalue() and "perplexity" in out.getvalue()
+        seen = [text in err.getvalue() for text in ("40/40 rows", "rows/s", "GB/s")]
+        assert seen == [not options] * 3
 
 
 @pytest.mark.parametrize("suffix", ("npz", "parquet"))
