@@ -61,7 +61,7 @@ def check_call(loss: CrossEntropyLoss, logits, target, sample_weight) -> engine.
 
 
 def has_softmax(values: RowValues) -> np.ndarray:
-    return np.isfinite(values.lse) & ~np.isnan(values.log_prob)
+    return ~np.isnan(values.log_prob)
 
 
 def wide_nll(logits: Logits, rows: Rows, used: np.ndarray, temperature: float, n_threads: int | None) -> np.ndarray:
@@ -124,6 +124,13 @@ class Evaluator:
     ignore_index, class_axis, n_threads
         As in `CrossEntropyLoss`.
 
+    Attributes
+    ----------
+    options : dict
+        The options, as checked.
+    n_rows_seen : int
+        All rows so far, those that do not count too.
+
     Raises
     ------
     ValueError, TypeError
@@ -184,8 +191,8 @@ class Evaluator:
         self._positions = Moments.empty(0, 1)
         self._temperatures = Moments.empty(1, len(self.options["temperatures"] or ()))
         self._sequences = Table(2)  # nll, and whether it is not the argmax; unweighted
-        self._nll_weight = np.zeros(len(NLL_EDGES) - 1)
-        self._rank_weight = np.zeros((2, 0))  # of w, and of w^2
+        self._nll_bins = Moments.empty(len(NLL_EDGES) - 1, 0)  # of no metric: n, and the sums of w and w^2
+        self._ranks = Moments.empty(0, 0)
 
     @property
     def _n_metrics(self) -> int:
@@ -292,18 +299,13 @@ class Evaluator:
             self._groups.add([labels[0][i] for i in found], part)
         number = calibration.uniform_bin(confidence, self.options["n_bins"])
         self._bins.add(*Moments.of(np.stack([confidence, right, right - confidence]), weight, number))
-        n_bins = len(self._nll_weight)
-        self._nll_weight += np.bincount(np.minimum(4 * nll, n_bins - 1).astype(np.int64), weight, n_bins)
-        self._add_ranks(np.stack([np.bincount(rank, w) for w in (weight, weight**2)]))
-
-    def _add_ranks(self, sums: np.ndarray) -> None:
-        new = sums.shape[1] - self._rank_weight.shape[1]
-        if new > 0:
-            self._rank_weight = np.pad(self._rank_weight, ((0, 0), (0, new)))
-        self._rank_weight[:, : sums.shape[1]] += sums
+        number = np.minimum(4 * nll, len(self._nll_bins) - 1).astype(np.int64)
+        self._nll_bins.add(*Moments.of(metrics[:0], weight, number))
+        self._ranks.reserve(1 + int(rank.max(initial=-1)))
+        self._ranks.add(*Moments.of(metrics[:0], weight, rank))
 
     def _add_sequences(self, ids: list, number: np.ndarray, values: RowValues, counts, used) -> None:
-        rows = np.stack([np.where(used, 0.0 - values.log_prob, np.nan), ~used | (values.rank != 0)])[:, counts]
+        rows = np.stack([0.0 - values.log_prob, ~used | (values.rank != 0)])[:, counts]
         found, part = Moments.of(rows, np.ones(rows.shape[1]), number[counts])
         self._sequences.add([ids[i] for i in found], part)
 
@@ -329,8 +331,6 @@ class Evaluator:
             mine.add_all(its)
         for ours, theirs in ((self._groups, other._groups), (self._sequences, other._sequences)):
             ours.add(list(theirs.place), theirs.filled())
-        self._nll_weight = self._nll_weight + other._nll_weight
-        self._add_ranks(other._rank_weight)
         return self
 
     def _moments(self) -> dict[str, Moments]:
@@ -339,6 +339,8 @@ class Evaluator:
             "bins": self._bins,
             "positions": self._positions,
             "temperatures": self._temperatures,
+            "nll_bins": self._nll_bins,
+            "ranks": self._ranks,
         }
 
     @np.errstate(all="ignore")
@@ -360,10 +362,10 @@ class Evaluator:
             calibration_error=error,
             max_calibration_error=largest,
             calibration=curve,
-            nll_histogram={"edges": NLL_EDGES.copy(), "weight": self._nll_weight.copy()},
+            nll_histogram={"edges": NLL_EDGES.copy(), "weight": self._nll_bins.weight.copy()},
             by_position=self._position_curve(),
-            rank_weight=self._rank_weight[0].copy(),
-            rank_weight_squared=self._rank_weight[1].copy(),
+            rank_weight=self._ranks.weight.copy(),
+            rank_weight_squared=self._ranks.sums[:, 2].copy(),
             temperatures=by_temperature,
             best_temperature=best,
             sequences=self._sequence_table(),
@@ -439,8 +441,6 @@ class Evaluator:
             "moments": {name: moments.pack(each.sums) for name, each in self._moments().items()},
             "groups": moments.pack_table(self._groups),
             "sequences": moments.pack_table(self._sequences),
-            "nll_weight": moments.pack(self._nll_weight),
-            "rank_weight": moments.pack(self._rank_weight.T),
         }
 
     @classmethod
@@ -461,13 +461,9 @@ class Evaluator:
         new._amounts = {name: _check_amount(name, state["amounts"][name]) for name in new._amounts}
         for name, each in new._moments().items():
             sums = moments.unpack(state["moments"][name], each.sums.shape[1])
-            if name != "positions" and len(sums) != len(each):
+            if name not in ("positions", "ranks") and len(sums) != len(each):
                 raise ValueError(f"{name} has {len(sums)} lines; expected {len(each)}")
             each.sums = sums
         new._groups = moments.unpack_table(state["groups"], new._n_metrics)
         new._sequences = moments.unpack_table(state["sequences"], 2)
-        new._nll_weight = moments.unpack(state["nll_weight"])
-        if new._nll_weight.shape != (len(NLL_EDGES) - 1,):
-            raise ValueError(f"nll_weight has {len(new._nll_weight)} bins; expected {len(NLL_EDGES) - 1}")
-        new._rank_weight = np.ascontiguousarray(moments.unpack(state["rank_weight"], 2).T)
         return new

@@ -69,8 +69,8 @@ class Moments:
         else:
             order = np.argsort(group, kind="stable")
             values, weight, group = values[:, order], weight[order], group[order]
-        first = np.r_[0, 1 + np.flatnonzero(group[1:] != group[:-1])]
-        times = np.diff(np.r_[first, weight.size])
+        first = np.flatnonzero(np.concatenate([[True], group[1:] != group[:-1]]))
+        times = np.diff(first, append=weight.size)
 
         def total(x):
             return np.add.reduceat(x, first, axis=-1)
@@ -171,7 +171,7 @@ def as_labels(value, outer_shape: tuple[int, ...], name: str) -> tuple[list[int 
     """(the labels that there are; for each row the number of its own in that list). An array has the outer shape, or
     broadcasts to it with as many axes; with fewer it has the leading ones, and a scalar is the label of all rows."""
     array = inputs.as_array(value, name)
-    if array.dtype.kind not in "iuUTO":
+    if array.dtype.kind not in "iuUTO" and array.size:  # an empty list has no labels to show for
         raise TypeError(f"{name} has dtype {array.dtype}; expected labels that are integers or strings")
     shape = array.shape
     if array.ndim < len(outer_shape) and shape == outer_shape[: array.ndim]:
@@ -228,11 +228,11 @@ def pack(array: np.ndarray) -> dict:
     return {"shape": list(array.shape), "float64": base64.b64encode(array.tobytes()).decode()}
 
 
-def unpack(state: dict, columns: int | None = None) -> np.ndarray:
+def unpack(state: dict, columns: int) -> np.ndarray:
     """What was packed; ValueError if it has not so many columns."""
     array = np.frombuffer(base64.b64decode(state["float64"], validate=True), "<f8").astype(np.float64)
     array = array.reshape(state["shape"])
-    if array.shape[1:] != (() if columns is None else (columns,)):
+    if array.shape[1:] != (columns,):
         raise ValueError(f"an array has shape {array.shape}")
     return array
 

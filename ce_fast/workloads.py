@@ -378,6 +378,36 @@ def make_table(shape: Shape, n_features: int) -> tuple[np.ndarray, np.ndarray]:
     return table, (scores + 3 * rng.standard_normal(shape, dtype=np.float32)).argmax(axis=1)
 
 
+def _evaluate(shape: Shape, n_threads: int) -> Calls:
+    """NLL, and accuracy, mean reciprocal rank, Brier score, entropy: some numbers a row, and their means."""
+    logits, target = make_logits(shape, "bfloat16")
+
+    def ours():
+        evaluator = ce_fast.Evaluator(n_threads=n_threads)
+        evaluator.update(logits, target)
+        found = evaluator.compute().overall
+        others = found.accuracy, found.mean_reciprocal_rank, found.brier_score, found.entropy
+        return found.nll.value, np.array([mean.value for mean in others])
+
+    calls: Calls = {OURS: ours, READ: _read(logits)}
+    if not installed("torch"):
+        return calls
+    import torch
+
+    x, t, classes = as_tensor(logits), torch.from_numpy(target)[:, None], torch.arange(shape[1])
+
+    def torchs():
+        log_p = x.float().log_softmax(-1)
+        own, p = log_p.gather(-1, t), log_p.exp()
+        x_t = x.gather(-1, t)
+        rank = ((x > x_t) | ((x == x_t) & (classes < t))).sum(-1)
+        brier = p.square().sum(-1) - 2 * own.exp()[:, 0] + 1
+        rows = (rank == 0).float(), 1 / (1 + rank), brier, -(p * log_p).sum(-1)
+        return -own.mean().item(), np.array([values.mean().item() for values in rows])
+
+    return calls | {TORCH: torch.no_grad()(torchs)}
+
+
 def _xgboost(shape: Shape, n_threads: int, *, n_features: int) -> Calls:
     """Training on our objective, and on the one of the library; the shape is that of the raw scores."""
     if not installed("xgboost"):
@@ -431,6 +461,7 @@ FORWARD = Workload(
 WORKLOADS = (
     FORWARD,
     Workload("bfloat16", "forward bfloat16", LONG, partial(_forward, dtype="bfloat16"), (Peer(TORCH, 3, 6),)),
+    Workload("evaluate", "evaluation, bfloat16", LONG, _evaluate, (Peer(TORCH), Peer(READ))),
     Workload("smoothing", "forward, label smoothing", LONG, partial(_forward, label_smoothing=0.1), (Peer(TORCH),)),
     Workload("numba", "forward, Numba backend", LONG, partial(_forward, backend="numba"), (Peer(TORCH, 2, 4),)),
     Workload("autograd", "torch: loss and backward", LONG, _autograd, (Peer(TORCH, 7, 15),), (Memory(TORCH),)),

@@ -6,10 +6,10 @@ import warnings
 
 import numpy as np
 import pytest
-from evaluations import WEIGHTS, assert_close
 
 import ce_fast as ce
 from ce_fast.comparison import KL_EDGES, PERCENTS, Comparison, percentiles
+from evaluations import WEIGHTS, assert_close
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 torch = pytest.importorskip("torch")

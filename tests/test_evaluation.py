@@ -5,11 +5,11 @@ import warnings
 
 import numpy as np
 import pytest
-from evaluations import OPTIONS, WEIGHTS, assert_close, batch, evaluated
 
 import ce_fast as ce
 from ce_fast.evaluation import Estimate, Evaluator
 from ce_fast.moments import Moments
+from evaluations import OPTIONS, WEIGHTS, assert_close, batch, evaluated
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 torch = pytest.importorskip("torch")
@@ -181,6 +181,23 @@ def test_nll_and_perplexity_are_those_of_mpmath():
     found = evaluator.compute().overall
     assert found.nll.value == pytest.approx(float(sum(nll) / 3), rel=1e-14)
     assert found.perplexity.value == pytest.approx(float(mpmath.exp(sum(nll) / 3)), rel=1e-13)
+
+
+def test_an_nll_is_in_the_bin_of_its_size_up_to_32_and_beyond():
+    nll = np.linspace(0.01, 40, 997)  # of the target 1 of logits [0, -z], z = log(exp(nll) - 1)
+    evaluator = Evaluator()
+    evaluator.update(np.stack([0 * nll, -np.log(np.expm1(nll))], 1), np.ones(997, int))
+    histogram = evaluator.compute().nll_histogram
+    np.testing.assert_array_equal(histogram["weight"], np.histogram(nll, histogram["edges"])[0])
+
+
+def test_the_best_temperature_is_the_one_that_the_targets_were_drawn_at(rng):
+    logits = 2 * rng.normal(size=(4000, 5))
+    target = (ce.softmax(logits).cumsum(1) < rng.random((4000, 1))).sum(1)
+    evaluator = Evaluator(temperatures=[4, 0.5, 3, 1, 2])
+    evaluator.update(3 * logits, target)
+    assert evaluator.compute().best_temperature == 3
+    assert ce.fit_temperature(3 * logits, target) == pytest.approx(3, rel=0.1)
 
 
 def test_a_sequence_is_greedy_if_all_of_its_rows_that_count_are_the_argmax():

@@ -6,10 +6,11 @@ import warnings
 
 import numpy as np
 import pytest
-from evaluations import OPTIONS, WEIGHTS, assert_close, batch, batches, evaluated, flat
 
 import ce_fast as ce
 from ce_fast.evaluation import Evaluator
+from ce_fast.moments import Moments
+from evaluations import OPTIONS, WEIGHTS, assert_close, batch, batches, evaluated, flat
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
@@ -39,6 +40,18 @@ def test_parts_merged_in_any_order_are_the_whole(rng, n_parts, weights):
             assert merged.merge(parts[i]) is merged
         assert merged.n_rows_seen == sum(target.size for _, target, _ in data)
         assert_close(merged.compute(), whole, 1e-12)
+
+
+def test_sums_of_a_million_equal_weights_agree_with_those_of_parts():
+    """0.1 is no sum of powers of 2: added one by one, a million of them miss by 1e-11."""
+    values, weight, group = np.tile([1.0, 0.7], 500_000)[None], np.full(10**6, 0.1), np.tile([0, 0, 1], 333_334)[:-2]
+    whole, merged = Moments.of(values, weight, group)[1], Moments.empty(2, 1)
+    for part in np.array_split(np.arange(10**6), 100):
+        merged.add(*Moments.of(values[:, part], weight[part], group[part]))
+    for sums in (merged.sums, whole.sums):
+        assert sums[:, 1] == pytest.approx(0.1 * sums[:, 0], rel=1e-13)
+    np.testing.assert_allclose(merged.means, whole.means, rtol=1e-13)
+    np.testing.assert_allclose(merged.stderrs, whole.stderrs, rtol=1e-12)
 
 
 def test_merging_leaves_the_other_as_it_was_and_takes_itself(rng):
@@ -114,8 +127,8 @@ def test_a_state_of_another_schema_or_a_damaged_one_is_refused(rng):
         {"options": state["options"] | {"temperatures": None}},
         {"moments": {}},
         {"rows": {"seen": 3, "lost": 1}},
-        {"nll_weight": {"shape": [2], "float64": "AAAA"}},
-        {"nll_weight": state["rank_weight"]},
+        {"moments": state["moments"] | {"ranks": {"shape": [2], "float64": "AAAA"}}},
+        {"moments": state["moments"] | {"nll_bins": state["moments"]["ranks"]}},
         {"groups": state["groups"] | {"labels": []}},
         {"amounts": {}},
     ]
@@ -153,6 +166,36 @@ def test_rows_without_a_softmax_are_left_out_and_counted(rng):
     broken = np.isin(report.sequences["id"], more["sequence"][bad.any(1)])
     np.testing.assert_array_equal(np.isnan(report.sequences["log_likelihood"]), broken)
     assert not report.sequences["is_greedy"][broken].any()
+
+
+def test_a_sequence_with_a_row_without_a_softmax_has_no_log_likelihood_and_is_not_greedy():
+    evaluator = Evaluator()
+    evaluator.update([[1.0, 0.0], [2.0, np.nan], [3.0, 0.0]], [0, 0, 0], sequence=[1, 1, 2])
+    table = evaluator.compute().sequences
+    assert math.isnan(table["log_likelihood"][0]) and table["log_likelihood"][1] == pytest.approx(
+        -math.log1p(math.exp(-3))
+    )
+    assert table["is_greedy"].tolist() == [False, True] and table["n_rows"].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1e-30, 1e30, 1e100])
+def test_the_size_of_the_weights_changes_nothing(rng, scale):
+    logits, target, more = batch(rng)
+    report = evaluated([(logits, target, more)]).compute()
+    more["sample_weight"] = scale * more["sample_weight"]
+    scaled = evaluated([(logits, target, more)]).compute()
+    for name in ("nll", "perplexity", "accuracy", "entropy"):
+        assert getattr(scaled.overall, name) == pytest.approx(getattr(report.overall, name), rel=1e-12)
+    assert scaled.calibration_error == pytest.approx(report.calibration_error, rel=1e-12)
+    assert scaled.top_k(3) == pytest.approx(report.top_k(3), rel=1e-12)
+
+
+def test_weights_whose_squares_float64_does_not_hold_give_no_standard_error_and_no_warning(rng):
+    for scale in (1e-200, 1e200):
+        evaluator = Evaluator()
+        evaluator.update(rng.normal(size=(9, 4)), rng.integers(4, size=9), np.full(9, scale))
+        report = evaluator.compute()
+        assert report.overall.nll.value > 0 and not report.overall.nll.stderr <= 1e300
 
 
 def test_numbers_of_rows_go_on_over_updates_and_merges():
@@ -214,7 +257,7 @@ def test_nothing_seen_is_nan():
         assert np.isnan([*report.overall.perplexity, *report.top_k(1)]).all()
         assert report.best_temperature is None and report.bits_per_byte is None and report.invalid_rows == []
         json.dumps(report.to_dict(), allow_nan=False)
-    empty.update(np.zeros((0, 4, 5)), np.zeros((0, 4), int), group="g", sequence="s", n_bytes=0)
+    empty.update(np.zeros((0, 4, 5)), np.zeros((0, 4), int), group="g", sequence=[], n_bytes=0)
     empty.update(np.zeros((2, 4, 5)), np.full((2, 4), -100), np.ones((2, 4)), "g", sequence=["s", "t"], n_bytes=7)
     report = empty.compute()
     assert (report.overall.n_rows, report.n_ignored, empty.n_rows_seen) == (0, 8, 8)
@@ -245,9 +288,10 @@ def test_a_label_is_of_a_row_or_of_all_that_lies_under_it(rng, kind):
     names = found(np.array([3, "b", np.str_("a")], object))
     labels = names["id"] if kind == "sequence" else [group["label"] for group in names]
     assert labels == [3, "a", "b"] and [type(label) for label in labels] == [int, str, str]
-    for bad in ([0.5, 1.0, 2.0], [True, False, True], [None, 1, 2], [b"a", b"b", b"c"], [[], (), {}]):
-        with pytest.raises(TypeError, match=f"{kind} .*expected labels that are integers or strings"):
-            found(np.array(bad, object) if bad[0] is None or bad[0] == [] else bad)
+    for bad in ([0.5, 1.0, 2.0], [True, False, True], [None, 1, 2], [b"a", b"b", b"c"], [set(), {}, 1]):
+        for given in (np.array(bad, object), bad):
+            with pytest.raises(TypeError, match=f"{kind} .*expected labels that are integers or strings"):
+                found(given)
     for shape in ((4,), (9,), (3, 2), (1, 3, 3), (3, 3, 1)):
         with pytest.raises(ValueError, match=rf"{kind} has shape .*expected \(3, 3\)"):
             found(np.zeros(shape, int))

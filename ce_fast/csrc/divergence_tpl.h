@@ -41,10 +41,17 @@ static void NAME(log_prob_tile)(const NAME(distribution) *d, int64_t j, int64_t 
 {
     const NAME(row) *row = &d->row;
     NAME(load_logits)(row, j, n, log_p);
+    const REAL most = d->most, pivot = d->pivot, t = row->job->temperature.value;
+    const NAME(exp_args) args = d->exp;
     for (int64_t k = 0; k < n; k++) {
-        p[k] = log_p[k] > d->most ? INFINITY : NAME(exp)(log_p[k], d->exp) * d->inverse_sum;
-        log_p[k] = (log_p[k] - d->pivot) / row->job->temperature.value - d->lse_minus_pivot;
+        REAL x = log_p[k], e = NAME(exp)(x, args) * d->inverse_sum;
+        p[k] = x > most ? INFINITY : e;
+        log_p[k] = x - pivot;
     }
+    for (int64_t k = 0; k < n && t != 1; k++)
+        log_p[k] /= t;
+    for (int64_t k = 0; k < n; k++)
+        log_p[k] -= d->lse_minus_pivot;
     if (row->t < j || row->t >= j + n)
         return;
     p[row->t - j] = d->top.p;
@@ -65,7 +72,7 @@ static void NAME(pair_tile)(const NAME(distribution) *model, const NAME(distribu
 }
 
 /* d + exp(-d) - 1 for |d| <= 0.5, by its series */
-static REAL NAME(bregman)(REAL d)
+CE_INLINE REAL NAME(bregman)(REAL d)
 {
     REAL sum = 1;
 #pragma GCC unroll 16
@@ -80,7 +87,8 @@ static double NAME(divergence)(const NAME(distribution) *model, const NAME(distr
 {
     const ce_job *job = model->row.job;
     int reverse = job->rule == CE_KL_REVERSE, plain = job->log_probs || !other->row.x;
-    REAL p[CE_TILE], q[CE_TILE], d[CE_TILE];
+    REAL p[CE_TILE], q[CE_TILE], d[CE_TILE], near[CE_TILE];
+    const REAL *mass = reverse ? p : q, *against = reverse ? q : p, sign = reverse ? -1 : 1;
     ce_sum sum = {0, 0};
     for (int64_t j = 0; j < job->n_classes; j += CE_TILE) {
         int64_t n = job->n_classes - j < CE_TILE ? job->n_classes - j : CE_TILE;
@@ -88,13 +96,20 @@ static double NAME(divergence)(const NAME(distribution) *model, const NAME(distr
         for (int l = 0; l < CE_LANES; l++) /* no memset, see setup.py */
             lanes[l] = 0;
         NAME(pair_tile)(model, other, j, n, p, q, d);
-        for (int64_t k = 0; k < n; k++) {
-            REAL mass = reverse ? p[k] : q[k], against = reverse ? q[k] : p[k], log_ratio = reverse ? -d[k] : d[k];
-            int nothing = mass == 0 && !isnan(against); /* mass 0 against -inf contributes 0 */
-            REAL term = (nothing ? 0 : mass * log_ratio) + (plain ? 0 : against - mass);
-            int close = !plain && log_ratio >= (REAL)-0.5 && log_ratio <= (REAL)0.5;
-            lanes[k % CE_LANES] += close ? mass * NAME(bregman)(log_ratio) : term;
+        for (int64_t k = 0; k < n; k++) { /* in a loop of its own: where it may be skipped, nothing is vectorized */
+            d[k] *= sign;
+            near[k] = mass[k] * NAME(bregman)(d[k]);
         }
+        for (int64_t k = 0; k < n; k++) {
+            REAL product = mass[k] * d[k], rest = plain ? 0 : against[k] - mass[k];
+            product = mass[k] == 0 && against[k] == against[k] ? 0 : product; /* mass 0 against -inf contributes 0 */
+            d[k] = !plain && d[k] >= (REAL)-0.5 && d[k] <= (REAL)0.5 ? near[k] : product + rest;
+        }
+        for (int64_t k = n; k < CE_TILE; k++)
+            d[k] = 0;
+        for (int64_t k = 0; k < n; k += CE_LANES)
+            for (int l = 0; l < CE_LANES; l++)
+                lanes[l] += d[k + l];
         ce_add(&sum, NAME(sum_lanes)(lanes, CE_LANES));
     }
     return ce_total(&sum);
