@@ -6,6 +6,7 @@ at most `stop - start` of them, where they lie if they lie in memory or in a map
 
 import bisect
 import glob
+import itertools
 import json
 import math
 import mmap
@@ -151,12 +152,13 @@ def _join(name: str, parts: list[Source]) -> Source:
         return parts[0]
     first = parts[0]
     for part in parts[1:]:
-        if part.shape[1:] != first.shape[1:] or part.dtype != first.dtype:
+        alike = part.dtype == first.dtype or (part.dtype.kind == first.dtype.kind and part.dtype.kind in "iuU")
+        if part.shape[1:] != first.shape[1:] or not alike:
             raise ValueError(
                 f"{part.name} has shape {part.shape} and dtype {part.dtype}, {first.name} shape {first.shape} and "
                 f"dtype {first.dtype}; files that are joined along rows agree in all but the rows"
             )
-    return Joined(name, tuple(parts), list(np.cumsum([part.shape[0] for part in parts]).tolist()))
+    return Joined(name, tuple(parts), list(itertools.accumulate(part.shape[0] for part in parts)))
 
 
 def open_source(spec: str, key: str | None = None, dtype: str | None = None) -> Source:
@@ -207,7 +209,7 @@ def open_source(spec: str, key: str | None = None, dtype: str | None = None) -> 
 
 
 def _natural(path: str) -> list:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
 
 
 def _open(path: str, key: str | None, dtype: str | None) -> Source:

@@ -167,6 +167,13 @@ def test_files_of_a_pattern_are_joined_in_natural_order(tmp_path, rng):
     same(files.rows(source, 3, 11), whole[3:11])
 
 
+def test_labels_of_several_files_may_differ_in_length(tmp_path):
+    for i, words in enumerate((["law", "art"], ["physics"])):
+        np.save(tmp_path / f"{i}\u00b2.npy", words)
+    source = files.open_source(str(tmp_path / "*.npy"))
+    assert files.rows(source, 0, 3).tolist() == ["law", "art", "physics"]
+
+
 def test_a_file_whose_name_looks_like_a_pattern_or_a_key_is_that_file(tmp_path, rng):
     array = rng.normal(size=(3, 2))
     for name in ("run[1].npy", "a::b.npy"):
