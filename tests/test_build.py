@@ -12,8 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = {
-    "__init__", "calibration", "comparison", "config", "distillation", "engine", "evaluation", "inputs", "linear",
-    "losses", "metrics", "moments", "plan", "plots", "reduction", "report", "rows", "threads", "top_k",
+    "__init__", "__main__", "calibration", "cli", "comparison", "config", "distillation", "engine", "evaluation",
+    "files", "inputs", "linear", "losses", "metrics", "moments", "passes", "plan", "plots", "reduction", "report",
+    "rows", "tables", "threads", "top_k",
     "backends/__init__", "backends/compiled", "backends/numba", "backends/numba_columns", "backends/numba_elements",
     "backends/numba_math", "backends/numba_measure", "backends/numba_rows",
     "adapters/__init__", "adapters/boosting", "adapters/dask", "adapters/numpy", "adapters/torch",

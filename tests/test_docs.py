@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 README, GUIDE = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 MODULES = [
     "ce_fast", "ce_fast.backends", "ce_fast.bench", "ce_fast.calibration", "ce_fast.comparison", "ce_fast.config",
-    "ce_fast.distillation", "ce_fast.evaluation", "ce_fast.linear", "ce_fast.losses", "ce_fast.moments",
-    "ce_fast.plots", "ce_fast.report", "ce_fast.rows", "ce_fast.adapters.boosting", "ce_fast.adapters.dask",
-    "ce_fast.adapters.numpy", "ce_fast.adapters.sklearn_classifier",
+    "ce_fast.distillation", "ce_fast.evaluation", "ce_fast.files", "ce_fast.linear", "ce_fast.losses",
+    "ce_fast.moments", "ce_fast.plots", "ce_fast.report", "ce_fast.rows", "ce_fast.adapters.boosting",
+    "ce_fast.adapters.dask", "ce_fast.adapters.numpy", "ce_fast.adapters.sklearn_classifier",
     "ce_fast.adapters.sklearn_display", "ce_fast.adapters.sklearn_loss", "ce_fast.adapters.sklearn_metrics",
     "ce_fast.adapters.sklearn_scorer", "ce_fast.adapters.torch", "ce_fast.adapters.torch_parallel",
     "ce_fast.adapters.torch_patch",

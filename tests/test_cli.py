@@ -1,0 +1,585 @@
+"""The command ce-fast gives the numbers of Evaluator and Comparison on the arrays, and says plainly what is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import ce_fast
+from ce_fast import cli
+from ce_fast.comparison import Comparison
+from ce_fast.evaluation import Evaluator
+
+pytest.importorskip("rich")
+
+
+class Files:
+    """Logits, targets and labels of a small model, as arrays and on disk."""
+
+    def __init__(self, folder, rng, shape=(40, 7)):
+        self.folder, outer = folder, shape[:-1]
+        self.logits = (2 * rng.normal(size=shape)).astype(np.float32)
+        self.other = (self.logits + 0.3 * rng.normal(size=shape)).astype(np.float32)
+        self.target = rng.integers(0, shape[-1], outer)
+        self.target[1] = -100
+        self.weight = rng.integers(0, 4, outer).astype(float)
+        self.group = rng.choice(["art", "law", "physics"], outer)
+        self.sequence = np.sort(rng.integers(0, 5, outer), axis=None).reshape(outer)
+        for name in ("logits", "other", "target", "weight", "group", "sequence"):
+            np.save(folder / f"{name}.npy", getattr(self, name))
+
+    def __call__(self, name):
+        return str(self.folder / name)
+
+    def run(self, *options, logits="logits.npy", target="target.npy"):
+        """The JSON output of ce-fast eval."""
+        path = self("out.json")
+        assert cli.main(["eval", self(logits), self(target), "--json", path, "--quiet", *map(str, options)]) == 0
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+
+    def compare(self, *options):
+        path = self("out.json")
+        inputs = [self("logits.npy"), self("other.npy"), self("target.npy")]
+        assert cli.main(["compare", *inputs, "--json", path, "--quiet", *map(str, options)]) == 0
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+
+
+@pytest.fixture
+def data(tmp_path, rng):
+    return Files(tmp_path, rng)
+
+
+@pytest.fixture
+def batched(tmp_path, rng):
+    return Files(tmp_path, rng, (6, 5, 7))
+
+
+def close(found, expected, where=""):
+    """That all `expected` holds is in `found`, and equal to rounding: sums of other batches."""
+    if isinstance(expected, dict):
+        for key, value in expected.items():
+            close(found[key], value, f"{where}.{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            close(a, b, f"{where}[{i}]")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-12), where
+    else:
+        assert found == expected, where
+
+
+def evaluated(logits, target, *args, n=(0, 0), sequence=None, **options):
+    evaluator = Evaluator(class_axis=-1, **options)
+    evaluator.update(logits, target, *args, sequence=sequence, n_bytes=n[0], n_characters=n[1])
+    return evaluator.compute().to_dict()
+
+
+# --- Numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", (1, 3, 1000))
+def test_eval_gives_the_numbers_of_an_evaluator_on_the_arrays(data, batch):
+    close(data.run("--batch-rows", batch), evaluated(data.logits, data.target))
+
+
+def test_eval_of_sequences_gives_the_curve_by_position(batched):
+    found = batched.run("--batch-rows", 4)
+    close(found, evaluated(batched.logits, batched.target))
+    assert len(found["by_position"]["nll"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        (["--ignore-index", "3"], {"ignore_index": 3}),
+        (["--temperature", "2.5"], {"temperature": 2.5}),
+        (["--temperatures", "0.5,1,2"], {"temperatures": (0.5, 1, 2)}),
+        (["--top-k", "1,3,6"], {"top_k": (1, 3, 6)}),
+        (["--bins", "4"], {"n_bins": 4}),
+        (["--bytes", "120", "--characters", "90"], {"n": (120, 90)}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_an_option_is_that_of_the_evaluator(data, given, options):
+    target = data.target if "ignore_index" not in options else np.where(data.target < 0, 3, data.target)
+    np.save(data("target.npy"), target)
+    found, plain = data.run(*given, "--batch-rows", 16), evaluated(data.logits, target % 7)
+    close(found, evaluated(data.logits, target, **options))
+    assert {k: found[k] for k in plain} != plain
+
+
+def test_threads_change_no_bit(data):
+    one, two = (data.run("--threads", n) for n in (1, 2))
+    assert {**one, "seconds": 0} == {**two, "seconds": 0}
+
+
+@pytest.mark.parametrize("shape", ((40, 7), (6, 5, 7)), ids=str)
+def test_labels_of_rows_reach_the_evaluator(tmp_path, rng, shape):
+    data = Files(tmp_path, rng, shape)
+    options = [f"--{o}={data(f)}.npy" for o, f in (("sample-weight", "weight"), ("group", "group"), ("sequence",) * 2)]
+    found = data.run(*options, "--batch-rows", 4)
+    close(found, evaluated(data.logits, data.target, data.weight, data.group, sequence=data.sequence))
+    assert [group["label"] for group in found["groups"]] == ["art", "law", "physics"] and found["sequences"]["id"]
+
+
+def test_labels_of_sequences_are_those_of_all_their_rows(batched, rng):
+    labels = {"group": np.array(list("abcabc")), "sample-weight": np.arange(6.0), "sequence": np.arange(6)}
+    options = []
+    for name, label in labels.items():
+        np.save(batched(f"{name}-6.npy"), label)
+        options += [f"--{name}", batched(f"{name}-6.npy")]
+    group, weight, ids = (np.repeat(label[:, None], 5, 1) for label in labels.values())
+    found = batched.run(*options, "--batch-rows", 4)
+    close(found, evaluated(batched.logits, batched.target, weight, group, sequence=ids))
+
+
+@pytest.mark.parametrize("batch", (1, 3, 1000))
+def test_shift_takes_each_token_as_the_target_of_the_logits_before_it(data, batch):
+    found = data.run("--shift", "--batch-rows", batch, "--group", data("group.npy"))
+    close(found, evaluated(data.logits[:-1], data.target[1:], None, data.group[1:]))
+
+
+def test_shift_of_sequences_goes_along_time(batched):
+    weight = batched.weight[:, 1:]
+    found = batched.run("--shift", "--batch-rows", 4, "--sample-weight", batched("weight.npy"))
+    close(found, evaluated(batched.logits[:, :-1], batched.target[:, 1:], weight))
+
+
+def test_shift_does_not_predict_the_first_token_of_a_sequence_by_the_last_of_another(data):
+    ids = data.sequence
+    target = np.where(ids[1:] == ids[:-1], data.target[1:], -100)
+    for batch in (1, 3, 1000):
+        found = data.run("--shift", "--batch-rows", batch, "--sequence", data("sequence.npy"))
+        close(found, evaluated(data.logits[:-1], target, sequence=ids[1:]))
+
+
+@pytest.mark.parametrize("batch", (1, 16, 1000))
+def test_compare_gives_the_numbers_of_a_comparison_on_the_arrays(data, batch):
+    options = ["--batch-rows", batch, "--sample-weight", data("weight.npy"), "--temperature", 2]
+    comparison = Comparison(temperature=2.0)
+    comparison.update(data.logits, data.other, data.target, data.weight)
+    close(data.compare(*options), comparison.compute().to_dict())
+
+
+def test_compare_shifts_both(batched):
+    comparison = Comparison(class_axis=-1)
+    comparison.update(batched.logits[:, :-1], batched.other[:, :-1], batched.target[:, 1:])
+    close(batched.compare("--shift", "--batch-rows", 4), comparison.compute().to_dict())
+
+
+# --- Inputs -----------------------------------------------------------------------------------------------------------
+
+
+def test_files_cut_in_different_places_give_the_numbers_of_the_whole(data):
+    for i, part in enumerate(np.split(data.logits, [3, 20, 21])):
+        np.save(data(f"cut{i + 8}.npy"), part)
+    for i, part in enumerate(np.split(data.target, [11])):
+        np.savez_compressed(data(f"ids{i}.npz"), ids=part, other=part)
+    found = data.run("--targets-key", "ids", "--batch-rows", 6, logits="cut*.npy", target="ids*.npz")
+    close(found, evaluated(data.logits, data.target))
+    assert [os.path.basename(file["path"]) for file in found["inputs"]["logits"]["files"]][-1] == "cut11.npy"
+
+
+def test_compare_joins_models_that_are_cut_in_different_places(data):
+    for i, part in enumerate(np.split(data.other, [7, 30])):
+        np.save(data(f"int4-{i}.npy"), part)
+    whole = data.compare()
+    inputs = [data("logits.npy"), data("int4-*.npy"), data("target.npy")]
+    assert cli.main(["compare", *inputs, "--json", data("cut.json"), "--quiet", "--batch-rows", "4"]) == 0
+    with open(data("cut.json"), encoding="utf-8") as file:
+        close(json.load(file)["kl"], whole["kl"])
+
+
+def test_logits_and_targets_of_one_file_are_told_apart_by_key(data):
+    np.savez(data("both.npz"), z=data.logits, y=data.target)
+    expected = evaluated(data.logits, data.target)
+    close(data.run(logits="both.npz::z", target="both.npz::y"), expected)
+    close(data.run("--logits-key", "z", "--targets-key", "y", logits="both.npz", target="both.npz"), expected)
+
+
+def test_dtype_says_what_16_bit_integers_are(data):
+    import ml_dtypes
+
+    logits = data.logits.astype(ml_dtypes.bfloat16)
+    np.save(data("raw.npy"), logits.view(np.uint16))
+    close(data.run("--dtype", "bfloat16", logits="raw.npy"), evaluated(logits, data.target))
+
+
+# --- Outputs ----------------------------------------------------------------------------------------------------------
+
+
+def test_json_holds_inputs_options_and_time(data):
+    found = data.run("--top-k", "1,3", "--shift")
+    assert (found["schema"], found["kind"], found["version"]) == (1, "evaluation", ce_fast.__version__)
+    inputs = found["inputs"]["logits"]
+    assert inputs["shape"] == [40, 7] and inputs["dtype"] == "float32"
+    assert inputs["files"][0] | {"mtime_ns": 0} == {
+        "path": data("logits.npy"), "bytes": os.path.getsize(data("logits.npy")), "mtime_ns": 0,
+    }  # fmt: skip
+    assert found["options"]["top_k"] == [1, 3] and found["options"]["shift"] is True and found["seconds"] > 0
+
+
+def test_json_on_standard_output_is_all_there_is(data, capsys):
+    assert cli.main(["eval", data("logits.npy"), data("target.npy"), "--json", "-"]) == 0
+    close(json.loads(capsys.readouterr().out), evaluated(data.logits, data.target))
+
+
+def test_the_table_has_each_number_with_its_standard_error(data, capsys):
+    assert (
+        cli.main(["eval", data("logits.npy"), data("target.npy"), "--group", data("group.npy"), "--bytes", "90"]) == 0
+    )
+    out, err = capsys.readouterr()
+    report = evaluated(data.logits, data.target, None, data.group, n=(90, 0))
+    lines = {
+        line[: line.index("  ")]: line.split()[-2:] for line in out.splitlines() if "  " in line and line[0] != " "
+    }
+    for name, of in (
+        ("perplexity", report["overall"]["perplexity"]),
+        ("calibration error", report["calibration_error"]),
+        ("bits per byte", report["bits_per_byte"]),
+    ):
+        assert lines[name] == [f"{of['value']:.6g}", f"{of['stderr']:.2g}"]
+    assert lines["law"][0] == f"{report['groups'][1]['perplexity']['value']:.6g}"
+    assert "\x1b" not in out and err == "" and out.isascii()
+
+
+def test_the_same_command_prints_the_same(data, capsys):
+    texts = []
+    for _ in range(2):
+        assert cli.main(["compare", data("logits.npy"), data("other.npy"), data("target.npy")]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and "KL(base || other)" in texts[0] and "99.9 %" in texts[0]
+
+
+@pytest.mark.parametrize("suffix", ("npz", "parquet"))
+def test_per_row_has_what_is_known_of_each_row(data, suffix):
+    path = data(f"rows.{suffix}")
+    data.run("--per-row", path, "--batch-rows", 16)
+    values = Evaluator().update(data.logits, data.target)
+    found = read_rows(path)
+    assert list(found) == ["lse", "log_prob", "max", "argmax", "rank", "entropy", "sum_sq_prob"]
+    for name, column in found.items():
+        np.testing.assert_array_equal(column, getattr(values, name))
+    assert found["rank"].dtype == np.int64 and not os.path.exists(path + ".part")
+
+
+def test_per_row_of_a_comparison(batched):
+    batched.compare("--per-row", batched("rows.parquet"), "--batch-rows", 4)
+    values = Comparison(class_axis=-1).update(batched.logits, batched.other, batched.target)
+    for name, column in read_rows(batched("rows.parquet")).items():
+        np.testing.assert_allclose(column, values[name], rtol=1e-12)
+
+
+def read_rows(path):
+    if path.endswith(".npz"):
+        with np.load(path) as archive:
+            return dict(archive)
+    table = pytest.importorskip("pyarrow.parquet").read_table(path)
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+@pytest.mark.parametrize("command", ("eval", "compare"))
+def test_html_is_a_page(data, command):
+    pytest.importorskip("plotly")
+    logits = [data("logits.npy")] + [data("other.npy")] * (command == "compare")
+    assert cli.main([command, *logits, data("target.npy"), "--html", data("page.html"), "--quiet"]) == 0
+    with open(data("page.html"), encoding="utf-8") as file:
+        text = file.read()
+    assert "<html" in text and "logits.npy" in text
+
+
+def test_logits_without_a_softmax_are_named_and_left_out_or_an_error(data, capsys):
+    data.logits[[4, 30], 2] = np.nan
+    data.target[[4, 30]] = 0
+    np.save(data("logits.npy"), data.logits)
+    np.save(data("target.npy"), data.target)
+    command = ["eval", data("logits.npy"), data("target.npy"), "--batch-rows", "8"]
+    assert cli.main(command) == 0
+    out, err = capsys.readouterr()
+    assert err == "ce-fast: warning: 2 rows have no softmax (NaN or +inf) and are left out: 4; 30\n"
+    assert "rows without a softmax" in out
+    assert cli.main([*command, "--quiet"]) == 0 and capsys.readouterr().err == ""
+    fails(capsys, [*command, "--strict"], r"\b4\b")
+
+
+def test_rows_of_sequences_without_a_softmax_are_named_by_their_index(batched, capsys):
+    batched.logits[4, 2, 1] = np.inf
+    batched.target[4] = 0
+    np.save(batched("logits.npy"), batched.logits)
+    np.save(batched("target.npy"), batched.target)
+    for shift in ([], ["--shift"]):
+        assert cli.main(["eval", batched("logits.npy"), batched("target.npy"), *shift]) == 0
+        assert capsys.readouterr().err.endswith("left out: 4, 2\n")
+
+
+def test_warnings_are_lines_and_quiet_has_none(data, capsys):
+    p = np.exp(data.logits) / np.exp(data.logits).sum(1, keepdims=True)
+    np.save(data("p.npy"), p)
+    assert cli.main(["eval", data("p.npy"), data("target.npy")]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("ce-fast: warning: logits look like probabilities") and err.count("\n") == 1
+    assert cli.main(["eval", data("p.npy"), data("target.npy"), "--quiet"]) == 0 and capsys.readouterr().err == ""
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+
+def fails(capsys, argv, *parts):
+    """That the command exits with 1 and one line that has all `parts`."""
+    import re
+
+    capsys.readouterr()
+    assert cli.main([str(arg) for arg in argv]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("ce-fast: error: ") and err.count("\n") == 1, err
+    for part in parts:
+        assert re.search(part, err), err
+
+
+def test_shapes_that_do_not_fit_name_both_files(data, capsys):
+    np.save(data("short.npy"), data.target[:-1])
+    np.save(data("wide.npy"), np.zeros((40, 8)))
+    np.save(data("flat.npy"), np.zeros(40))
+    logits, target = data("logits.npy"), data("target.npy")
+    fails(capsys, ["eval", logits, data("short.npy")], r"logits\.npy .*\(40, 7\)", r"short\.npy .*\(39,\)")
+    fails(capsys, ["compare", logits, data("wide.npy"), target], r"logits\.npy .*\(40, 7\)", r"wide\.npy \(40, 8\)")
+    fails(capsys, ["eval", data("flat.npy"), target], r"flat\.npy have shape \(40,\); expected \[N, V\]")
+    fails(capsys, ["eval", logits, target, "--group", data("short.npy")], r"group of .*short\.npy .*\(39,\)")
+
+
+def test_data_of_the_wrong_kind_are_refused(data, capsys):
+    logits, target = data("logits.npy"), data("target.npy")
+    np.save(data("float.npy"), data.target.astype(float))
+    np.save(data("empty.npy"), np.zeros((0, 7)))
+    np.save(data("none.npy"), np.zeros(0, int))
+    fails(capsys, ["eval", logits, data("float.npy")], r"float\.npy have dtype float64; expected an integer")
+    fails(capsys, ["eval", target, target], r"target\.npy")
+    fails(capsys, ["eval", data("empty.npy"), data("none.npy")], "no rows")
+    fails(capsys, ["eval", logits, data("missing.npy")], r"missing\.npy: no such file")
+    fails(capsys, ["eval", logits, target, "--sample-weight", data("group.npy")], "sample_weight has dtype")
+
+
+@pytest.mark.parametrize("shift", ([], ["--shift"]), ids=("", "shift"))
+def test_a_target_that_is_no_class_is_named_by_its_row_in_the_file(data, capsys, shift):
+    data.target[31] = 7
+    np.save(data("target.npy"), data.target)
+    command = ["eval", data("logits.npy"), data("target.npy"), "--batch-rows", 8, *shift]
+    fails(capsys, command, r"target \[31\] of .*target\.npy is 7; expected 0 <= target < 7 or ignore_index=-100")
+
+
+def test_a_target_of_a_sequence_is_named_by_its_index(batched, capsys):
+    batched.target[4, 3] = -1
+    np.save(batched("target.npy"), batched.target)
+    fails(
+        capsys, ["eval", batched("logits.npy"), batched("target.npy"), "--batch-rows", 2], r"target \[4, 3\] .* is -1;"
+    )
+
+
+def test_a_weight_that_is_none_is_named_by_its_row_in_the_file(batched, capsys):
+    command = ["eval", batched("logits.npy"), batched("target.npy"), "--batch-rows", 2, "--shift", "--sample-weight"]
+    batched.weight[4, 3] = -1
+    np.save(batched("weight.npy"), batched.weight)
+    np.save(batched("6.npy"), np.array([1, 1, 1, 1, 1, np.nan]))
+    fails(
+        capsys, [*command, batched("weight.npy")], r"sample weight \[4, 3\] of .*weight\.npy is -1\.0; expected finite"
+    )
+    fails(capsys, [*command, batched("6.npy")], r"sample weight \[5\] of .*6\.npy is nan; expected finite")
+
+
+def test_an_output_that_cannot_be_written_fails_before_the_run(data, capsys):
+    os.mkdir(data("folder.npz"))
+    command = ["eval", data("logits.npy"), data("target.npy"), "--resume", data("state")]
+    for option in ("--json", "--html", "--per-row", "--resume"):
+        fails(capsys, [*command, option, data("nowhere/out.npz")], f"{option} .*nowhere/out.npz: there is no directory")
+        fails(capsys, [*command[:3], option, data("folder.npz")], f"{option} .*folder.npz: cannot be written")
+    assert not os.path.exists(data("state")), "it ran"
+    fails(capsys, [*command, "--json", data("logits.npy")], "would overwrite an input")
+    fails(capsys, [*command, "--json", data("x"), "--html", data("x")], "would overwrite")
+    assert np.load(data("logits.npy")).shape == (40, 7)
+
+
+def test_an_error_leaves_no_part_of_a_file(data, capsys):
+    data.target[31] = 7
+    np.save(data("target.npy"), data.target)
+    command = ["eval", data("logits.npy"), data("target.npy"), "--batch-rows", "8"]
+    fails(capsys, [*command, "--per-row", data("rows.npz")])
+    assert not [name for name in os.listdir(data.folder) if name.startswith("rows")]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    (
+        [], ["evaluate"], ["eval", "a.npy"], ["eval", "a.npy", "b.npy", "c.npy"], ["eval", "a", "b", "--bins", "0"],
+        ["eval", "a", "b", "--temperature", "0"], ["eval", "a", "b", "--temperature", "nan"],
+        ["eval", "a", "b", "--top-k", "1,x"], ["eval", "a", "b", "--per-row", "rows.csv"],
+        ["eval", "a", "b", "--dtype", "float8"], ["compare", "a", "b", "c", "--bins", "3"],
+    ),
+    ids=" ".join,
+)  # fmt: skip
+def test_a_wrong_command_line_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(argv)
+    assert exit_.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+# --- The other commands -----------------------------------------------------------------------------------------------
+
+
+def test_version_and_help(capsys):
+    for argv, text in ((["--version"], f"ce-fast {ce_fast.__version__}"), (["--help"], "ce-fast eval logits.npy")):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(argv)
+        assert exit_.value.code == 0 and text in capsys.readouterr().out
+
+
+def test_info_has_the_backend_and_optional_packages(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "backend: " in out and "rich: " in out and "dask: " in out
+
+
+def test_bench_and_demo_pass_their_arguments_on(monkeypatch):
+    from ce_fast import bench, demo
+
+    seen = []
+    monkeypatch.setattr(bench, "main", lambda argv: seen.append(argv) or 3)
+    monkeypatch.setattr(demo, "main", lambda: 4)
+    assert cli.main(["bench", "--quick", "kl"]) == 3 and cli.main(["demo"]) == 4 and seen == [["--quick", "kl"]]
+
+
+# --- Processes --------------------------------------------------------------------------------------------------------
+
+
+def command(*argv):
+    return [sys.executable, "-P", "-m", "ce_fast", *map(str, argv)]
+
+
+def test_the_module_is_the_command(data):
+    done = subprocess.run(
+        command("eval", data("logits.npy"), data("target.npy")), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and "perplexity" in done.stdout and done.stderr == ""
+    done = subprocess.run(command("eval", data("no.npy"), "x"), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith("ce-fast: error: ")
+
+
+def test_a_closed_pipe_is_no_error_to_speak_of(data):
+    with subprocess.Popen(
+        command("eval", data("logits.npy"), data("target.npy")), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(60) == cli.PIPE_CLOSED
+
+
+def test_an_interrupted_run_goes_on_to_the_numbers_of_one_that_was_not(tmp_path, rng):
+    data = Files(tmp_path, rng, (3000, 5))
+    options = ["--batch-rows", "1", "--sequence", data("sequence.npy"), "--bytes", "1000"]
+    more = ["--resume", data("state"), "--per-row", data("a.npz")]
+    argv = command("eval", data("logits.npy"), data("target.npy"), *options, *more)
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 60
+        while not os.path.exists(data("state")) and time.monotonic() < until:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "perplexity" in out
+    assert "interrupted after" in err and "of 3000 rows" in err and "goes on from" in err and err.count("\n") == 1
+    with open(data("state"), encoding="utf-8") as file:
+        done = json.load(file)["state"]["rows"]
+    assert 0 < done < 3000
+    resumed = data.run(*options, *more)
+    whole = data.run(*options, "--per-row", data("b.npz"))
+    assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
+    ours, expected = read_rows(data("a.npz")), read_rows(data("b.npz"))
+    assert all(np.array_equal(ours[name], expected[name], equal_nan=True) for name in expected)
+
+
+def test_a_finished_state_says_the_same_again_and_one_of_another_run_is_refused(data, capsys):
+    state = ["--resume", data("state")]
+    first = data.run(*state)
+    again = data.run(*state)
+    assert {**first, "seconds": 0} == {**again, "seconds": 0}
+    argv = ["eval", data("logits.npy"), data("target.npy"), *state]
+    fails(capsys, [*argv, "--bins", 3], "state of another run: options n_bins differs")
+    fails(capsys, ["compare", data("logits.npy"), *argv[1:]], "state of another run")
+    np.save(data("target.npy"), data.target[::-1])
+    fails(capsys, argv, "state of another run: inputs target files 0 mtime_ns differs")
+    for text in ("", "{}", "[1]"):
+        with open(data("state"), "w", encoding="utf-8") as file:
+            file.write(text)
+        fails(capsys, argv, "is no state that ce-fast saved")
+
+
+def test_a_comparison_goes_on_too(data, monkeypatch):
+    whole, calls = data.compare("--batch-rows", 8), []
+    update = Comparison.update
+
+    def failing(self, *args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return update(self, *args)
+
+    inputs = [data("logits.npy"), data("other.npy"), data("target.npy")]
+    argv = ["compare", *inputs, "--batch-rows", "8", "--resume", data("state"), "--json", data("out.json")]
+    monkeypatch.setattr(Comparison, "update", failing)
+    monkeypatch.setattr(cli, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(cli, "SAVE_SHARE", np.inf)
+    assert cli.main(argv) == 130
+    assert cli.main(argv) == 0 and len(calls) == 3 + 3, "two of five batches were done before"
+    with open(data("out.json"), encoding="utf-8") as file:
+        assert json.load(file) | {"seconds": 0} == whole | {"seconds": 0}
+
+
+def write_zeros(path, kind):
+    """Logits of some hundred MiB and their targets: a file that takes no disk, or one row group of lists."""
+    n_rows, n_classes = {"classes": (2000, 150_000), "rows": (2_500_000, 30), "parquet": (8000, 8000)}[kind]
+    np.save(path.with_suffix(".target.npy"), np.ones(n_rows, np.int64))
+    if kind == "parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        column = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(n_rows * n_classes, np.float32)), n_classes)
+        pq.write_table(pa.table({"x": column}), path, compression="none", use_dictionary=False)
+        return
+    with open(path, "wb") as file:
+        header = {"descr": "<f2", "fortran_order": False, "shape": (n_rows, n_classes)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + 2 * n_rows * n_classes)
+
+
+WATCHED = """
+import sys, threading, time
+from ce_fast import cli
+def now():
+    with open("/proc/self/status") as f:
+        found = dict(line.split(":", 1) for line in f)
+    return [int(found[key].split()[0]) // 1024 for key in ("RssAnon", "RssFile")]
+before, most = now(), [0, 0]
+def watch():
+    while True:
+        most[:] = map(max, most, now())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+status = cli.main(sys.argv[1:])
+print("MiB", *(b - a for a, b in zip(before, most)))
+sys.exit(status)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
+@pytest.mark.parametrize("kind", ("classes", "rows", "parquet"))
+def test_memory_stays_bounded_whatever_the_size_of_the_file(tmp_path, kind):
+    logits = tmp_path / ("logits.parquet" if kind == "parquet" else "logits.npy")
+    write_zeros(logits, kind)
+    argv = [sys.executable, "-P", "-c", WATCHED, "eval", logits, logits.with_suffix(".target.npy"), "--quiet"]
+    done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    anonymous, mapped = map(int, done.stdout.splitlines()[-1].split()[1:])
+    assert anonymous < 150 and mapped < 150, "neither memory of its own nor mapped pages pile up"
