@@ -1,18 +1,21 @@
 """Every example in a docstring or in the README runs and gives what it says; the contributing guide shows real code."""
 
+import contextlib
 import doctest
 import importlib
+import io
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 import ce_fast as ce
 from accuracy import DTYPES
-from ce_fast import workloads
+from ce_fast import cli, workloads
 
 ROOT = Path(__file__).resolve().parents[1]
-README, GUIDE = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+README, GUIDE, EVALUATION = ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "evaluation.md"
 MODULES = [
     "ce_fast", "ce_fast.backends", "ce_fast.bench", "ce_fast.calibration", "ce_fast.comparison", "ce_fast.config",
     "ce_fast.distillation", "ce_fast.evaluation", "ce_fast.files", "ce_fast.linear", "ce_fast.losses",
@@ -56,6 +59,38 @@ def test_readme_shows_every_workload_and_every_dtype_that_the_commands_measure()
     text = README.read_text()
     assert all(f"| {work.work} {list(work.shape)} |" in text for work in workloads.WORKLOADS)
     assert all(f"| {name} | loss |" in text for name in DTYPES)
+
+
+def run_command(line):
+    program, *argv = shlex.split(line)
+    assert program == "ce-fast" and cli.main(argv) == 0, line
+
+
+def trimmed(text):
+    return [line.rstrip() for line in text.strip("\n").splitlines()]
+
+
+def test_the_evaluation_page_prints_what_it_shows(tmp_path, monkeypatch):
+    """Top to bottom: ```python in one namespace, ```sh by the command; ```text is what the block before it printed."""
+    for name in ("dask", "matplotlib", "ml_dtypes", "plotly", "pyarrow", "rich", "safetensors"):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    text, names, printed = EVALUATION.read_text(), {"__name__": "page"}, io.StringIO()
+    for block in re.finditer(r"^```(python|sh|text)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        language, code = block.groups()
+        line = text[: block.start()].count("\n") + 1
+        if language == "text":
+            shown, found = trimmed(code), trimmed(printed.getvalue())
+            if shown[-1] == "...":
+                shown, found = shown[:-1], found[: len(shown) - 1]
+            assert shown == found, f"docs/evaluation.md, line {line}"
+            continue
+        with contextlib.redirect_stdout(printed := io.StringIO()):
+            if language == "python":
+                exec(compile("\n" * line + code, str(EVALUATION), "exec"), names)
+            else:
+                for command in code.splitlines():
+                    run_command(command)
 
 
 def added_lines():
