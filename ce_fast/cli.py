@@ -78,6 +78,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--shift", action="store_true", help="targets are token ids, each predicted by the logits before it")
     add("--ignore-index", type=int, default=-100, metavar="I", help="the target of rows that do not count (-100)")
     add("--sample-weight", metavar="FILE", help="a weight each row, or each sequence")
+    add("--sequence", metavar="FILE", help="ids of sequences: --shift predicts in them alone; eval: how likely each is")
     add("--temperature", type=_positive, default=1.0, metavar="T", help="divides the logits (1)")
     add("--strict", action="store_true", help="fail at logits without a softmax (NaN, +inf), which are else left out")
     add("--json", metavar="FILE", help="write all numbers, with inputs, options and time; - for standard output")
@@ -112,7 +113,6 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--bytes", type=_number(int, 0), default=0, metavar="N", help="of the text, for bits per byte")
     one.add_argument("--characters", type=_number(int, 0), default=0, metavar="N", help="for bits per character")
     one.add_argument("--group", metavar="FILE", help="labels of rows, or of sequences: the numbers of each group too")
-    one.add_argument("--sequence", metavar="FILE", help="ids of sequences: the log-likelihood of each")
     two = command("compare", "what changed from a model to another: KL divergence, perplexity, agreement")
     two.add_argument("logits", metavar="BASE", help="[N, V] or [B, T, V]")
     two.add_argument("other", metavar="OTHER", help="logits of the same shape")
@@ -172,6 +172,7 @@ class _Task:
         self.args, self.columns = args, PER_ROW[args.command]
         self.kind: type[Evaluator] | type[Comparison] = Evaluator if args.command == "eval" else Comparison
         self.amounts: dict[str, int] = {}
+        self.labels: tuple[str, ...] = ("sample_weight",)  # that an update takes
         self.options = {
             "temperature": args.temperature,
             "ignore_index": args.ignore_index,
@@ -179,6 +180,7 @@ class _Task:
         }
         if args.command == "eval":
             self.options |= {"top_k": args.top_k, "n_bins": args.bins, "temperatures": args.temperatures}
+            self.labels += ("group", "sequence")
             self.amounts = {"n_bytes": args.bytes, "n_characters": args.characters}
 
     def begin(self, state: dict | None):
@@ -194,7 +196,8 @@ class _Task:
 
     def update(self, evaluator, batch: passes.Batch, last: bool) -> dict[str, np.ndarray]:
         """What is known of each row."""
-        values = evaluator.update(*batch.logits, batch.target, **batch.labels, **(self.amounts if last else {}))
+        labels = {what: label for what, label in batch.labels.items() if what in self.labels}
+        values = evaluator.update(*batch.logits, batch.target, **labels, **(self.amounts if last else {}))
         return values if isinstance(values, dict) else {name: getattr(values, name) for name in self.columns}
 
 
@@ -314,8 +317,7 @@ def _write_json(path: str, found: dict) -> None:
     if path == "-":
         sys.stdout.write(text)
         return
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+    files.write_whole(path, text)
 
 
 def _info() -> int:

@@ -5,6 +5,7 @@ at most `stop - start` of them, where they lie if they lie in memory or in a map
 """
 
 import bisect
+import contextlib
 import glob
 import itertools
 import json
@@ -159,6 +160,20 @@ def _join(name: str, parts: list[Source]) -> Source:
                 f"dtype {first.dtype}; files that are joined along rows agree in all but the rows"
             )
     return Joined(name, tuple(parts), list(itertools.accumulate(part.shape[0] for part in parts)))
+
+
+def write_whole(path: str | os.PathLike, text: str) -> None:
+    """Write a text file: whole, or not at all."""
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(part)
 
 
 def open_source(spec: str, key: str | None = None, dtype: str | None = None) -> Source:

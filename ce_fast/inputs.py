@@ -86,7 +86,8 @@ def as_float_array(value, name: str) -> np.ndarray:
     if is_index(array.dtype):
         array = array.astype(np.float64)
     if not is_float(array.dtype):
-        raise TypeError(f"{name} has dtype {array.dtype}; expected one of {', '.join(FLOATS)}")
+        saved = " (bfloat16 that numpy.save wrote: view it as ml_dtypes.bfloat16)" if array.dtype == "V2" else ""
+        raise TypeError(f"{name} has dtype {array.dtype}{saved}; expected one of {', '.join(FLOATS)}")
     return array
 
 

@@ -200,12 +200,7 @@ class Checkpoint:
         return found["state"]
 
     def save(self, state: dict) -> None:
-        partial = f"{self.path}.{os.getpid()}.tmp"
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump({"what": self._what(), "state": state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
+        files.write_whole(self.path, json.dumps({"what": self._what(), "state": state}))
 
     def _what(self) -> dict:
         return json.loads(json.dumps({"schema": SCHEMA, "version": __version__, **self.what}))

@@ -2,12 +2,11 @@
 
 import html
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import ce_fast
-from ce_fast import plots
+from ce_fast import files, plots
 from ce_fast.comparison import ComparisonReport
 from ce_fast.evaluation import EvalReport
 
@@ -69,7 +68,7 @@ def write_html(report, path, *, title=None, source=None):
         title, tables, figures = title or "Comparison", _comparison_tables(report), _comparison_figures(report)
     else:
         raise TypeError(f"report is of type {type(report).__name__}; expected EvalReport or ComparisonReport")
-    _write(Path(path), _page(title, source, tables, figures))
+    files.write_whole(Path(path), _page(title, source, tables, figures))
 
 
 # --- What the page shows ----------------------------------------------------------------------------------------------
@@ -209,13 +208,3 @@ def _page(title: str, source: str | None, tables: str, figures: dict) -> str:
 </body>
 </html>
 """
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -186,6 +186,14 @@ def test_files_cut_in_different_places_give_the_numbers_of_the_whole(data):
     assert [os.path.basename(file["path"]) for file in found["inputs"]["logits"]["files"]][-1] == "cut11.npy"
 
 
+def test_compare_shifts_within_sequences_alone(data):
+    first = np.r_[True, data.sequence[1:] != data.sequence[:-1]]  # nothing predicts it
+    ids = np.where(first, -100, data.target)[1:]
+    comparison = Comparison()
+    comparison.update(data.logits[:-1], data.other[:-1], ids)
+    close(data.compare("--shift", "--sequence", data("sequence.npy")), comparison.compute().to_dict())
+
+
 def test_compare_joins_models_that_are_cut_in_different_places(data):
     for i, part in enumerate(np.split(data.other, [7, 30])):
         np.save(data(f"int4-{i}.npy"), part)

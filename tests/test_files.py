@@ -1,6 +1,7 @@
 """Arrays in files give the rows that NumPy reads, whatever the format, the batches and the cut; damage is told."""
 
 import json
+import os
 import struct
 import zipfile
 
@@ -274,3 +275,16 @@ def test_columns_of_structures_are_refused(tmp_path):
     pq.write_table(pa.table({"x": [{"a": 1}]}), tmp_path / "x.parquet")
     with pytest.raises(ValueError, match=r"x is a column of struct"):
         files.open_source(str(tmp_path / "x.parquet"))
+
+
+def test_what_is_written_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "numbers.json"
+    files.write_whole(path, "old")
+
+    def fail(descriptor):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        files.write_whole(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["numbers.json"]

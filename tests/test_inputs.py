@@ -2,6 +2,7 @@
 
 import mmap
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -329,3 +330,9 @@ def test_nll_loss_of_impossible_rows():
     np.testing.assert_array_equal(grad, [[-1, 0], [0, 0], [-np.inf, 0]])
     with pytest.raises(IndexError, match=r"target\[1\] is 2"):
         loss(log_probs, [0, 2, 0])
+
+
+def test_bfloat16_that_was_saved_is_told_how_to_view_it():
+    stored = np.zeros((2, 3), ml_dtypes.bfloat16).view("V2")  # as numpy.load gives it
+    with pytest.raises(TypeError, match=r"logits has dtype \|V2 \(bfloat16 .* view it as ml_dtypes\.bfloat16\)"):
+        ce.cross_entropy(stored, [0, 1])

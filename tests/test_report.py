@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,19 +115,6 @@ def test_a_report_without_groups_and_positions_has_a_page_without_their_plots(tm
     text = (tmp_path / "page.html").read_text()
     assert "<title>Evaluation</title>" in text
     assert re.findall(r'id="plot-([\w-]+)"', text) == ["reliability", "nll", "top-k"]
-
-
-def test_a_write_that_fails_leaves_the_old_page_and_nothing_else(reports, tmp_path, monkeypatch):
-    page = tmp_path / "page.html"
-    page.write_text("old")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_html(reports["comparison"], page)
-    assert [p.name for p in tmp_path.iterdir()] == ["page.html"] and page.read_text() == "old"
 
 
 def test_what_is_no_report_is_a_clear_error(tmp_path):
