@@ -428,8 +428,8 @@ def small_call(int isa, cnp.ndarray logits, cnp.ndarray target, int64_t ignore_i
 
 def small_call_at(int isa, size_t logits, bint wide, int64_t n_rows, int64_t n_classes, size_t target,
                   int64_t ignore_index, bint gradient):
-    """`small_call` of contiguous logits, float64 if `wide`, else float32, and int64 targets at these addresses; the mean
-    is an array of their dtype."""
+    """`small_call` of contiguous logits, float64 if `wide`, else float32, and int64 targets at these addresses; the
+    mean is an array of their dtype."""
     cdef int kind = cnp.NPY_FLOAT64 if wide else cnp.NPY_FLOAT32
     cdef cnp.ndarray mean
     if target % 8 or logits % (8 if wide else 4):
