@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ce_fast import engine, evaluation, inputs, moments
+from ce_fast import calibration, engine, inputs, moments
 from ce_fast.backends import Rows
 from ce_fast.evaluation import Evaluator
 from ce_fast.losses import CrossEntropyLoss
@@ -26,12 +26,14 @@ try:
 except ImportError as missing:
     raise ImportError("ce_fast.adapters.dask needs Dask: pip install 'ce_fast[dask]'") from missing
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "evaluator"]
 
 FAN_IN = 8  # states merged by one task: a state of a vocabulary of 128 000 takes up to 2 MB
 
 
-def evaluate(logits, targets, sample_weight=None, *, groups=None, **options) -> Delayed:
+def evaluate(
+    logits, targets, sample_weight=None, *, groups=None, sequences=None, n_bytes=0, n_characters=0, **options
+) -> Delayed:
     """The `Evaluator`'s report on logits in chunks.
 
     Parameters
@@ -40,8 +42,10 @@ def evaluate(logits, targets, sample_weight=None, *, groups=None, **options) -> 
         In chunks of any sizes, of the classes too.
     targets : dask.array.Array or array_like of shape (n_rows,)
         Class indices; in other chunks than the logits' rows they are rechunked.
-    sample_weight, groups : dask.array.Array or array_like of shape (n_rows,), optional
-        Likewise; as in `Evaluator.update`.
+    sample_weight, groups, sequences : dask.array.Array or array_like of shape (n_rows,), optional
+        Likewise; as `sample_weight`, `group` and `sequence` of `Evaluator.update`.
+    n_bytes, n_characters : int, default=0
+        Of the text that all rows predict.
     **options
         Of `Evaluator`. `n_threads` is 1 by default: Dask runs a task on each core.
 
@@ -49,6 +53,10 @@ def evaluate(logits, targets, sample_weight=None, *, groups=None, **options) -> 
     -------
     dask.delayed.Delayed
         Its `.compute()` gives the `EvalReport`.
+
+    See Also
+    --------
+    evaluator : The `Evaluator` itself, to merge with others or to keep.
 
     Raises
     ------
@@ -74,14 +82,48 @@ def evaluate(logits, targets, sample_weight=None, *, groups=None, **options) -> 
     >>> report.overall.n_rows, round(report.overall.nll.value, 6)
     (3, 1.272071)
     """
+    state = evaluator(
+        logits,
+        targets,
+        sample_weight,
+        groups=groups,
+        sequences=sequences,
+        n_bytes=n_bytes,
+        n_characters=n_characters,
+        **options,
+    )
+    return delayed(Evaluator.compute)(state, dask_key_name=f"evaluate-report-{state.key}")
+
+
+def evaluator(
+    logits, targets, sample_weight=None, *, groups=None, sequences=None, n_bytes=0, n_characters=0, **options
+) -> Delayed:
+    """What `evaluate` computes its report of; arguments and errors are the same.
+
+    Returns
+    -------
+    dask.delayed.Delayed
+        Its `.compute()` gives the `Evaluator`, whose state (`to_dict`) may be kept, or merged with that of other data.
+
+    Examples
+    --------
+    >>> import dask.array as da
+    >>> from ce_fast.adapters.dask import evaluator
+    >>> logits = da.from_array([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]], chunks=(1, 3))
+    >>> january, february = (evaluator(logits, targets).compute() for targets in ([0, 1], [0, 0]))
+    >>> january.merge(february).compute().overall.accuracy.value
+    0.75
+    """
     options = {"n_threads": 1} | options
     _check(logits, Evaluator(**options).options["class_axis"])
-    given = {"target": targets, "sample_weight": sample_weight, "group": groups}
+    given = {"target": targets, "sample_weight": sample_weight, "group": groups, "sequence": sequences}
     rows = {name: _like_rows(name, value, logits) for name, value in given.items() if value is not None}
-    token = dask.base.tokenize(logits, rows, options)
+    first = Evaluator(**options)
+    first.update(np.empty((0, 1)), np.empty(0, np.int64), n_bytes=n_bytes, n_characters=n_characters)
+    token = dask.base.tokenize(logits, rows, options, n_bytes, n_characters)
     whole = len(logits.chunks[1]) == 1
     states = _states_of_rows(logits, rows, options, token) if whole else _states_of_parts(logits, rows, options, token)
-    return _report(options, list(states), token)
+    return _merged(options, [delayed(first), *states], token)
 
 
 def _check(logits, class_axis: int | None) -> None:
@@ -169,7 +211,8 @@ class Checked:
     rows: Rows
     counts: np.ndarray
     target: np.ndarray  # int64; 0 in rows that do not count
-    labels: tuple | None  # of groups
+    labels: tuple | None  # of groups,
+    ids: tuple | None  # and of sequences
 
 
 def _checked(options: dict, names: tuple[str, ...], n_classes: int, first, *rows: np.ndarray) -> Checked:
@@ -177,12 +220,15 @@ def _checked(options: dict, names: tuple[str, ...], n_classes: int, first, *rows
     with _rows_named(first, len(given["target"])):
         shape_alone = np.broadcast_to(0.0, (len(given["target"]), n_classes))
         loss = CrossEntropyLoss(ignore_index=options.get("ignore_index", -100))
-        call = evaluation.check_call(loss, shape_alone, given["target"], given.get("sample_weight"))
+        call = calibration.check_call(loss, shape_alone, given["target"], given.get("sample_weight"))
         counts, target, _ = engine._pick(call.rows)
         bad = (target < 0) | (target >= n_classes)
         inputs.check_target_found(int(bad.argmax()) if bad.any() else -1, call.rows, call.logits)
-        labels = moments.as_labels(given["group"], target.shape, "group") if "group" in given else None
-    return Checked(call.rows, counts, target, labels)
+        labels, ids = (
+            moments.as_labels(given[name], target.shape, name) if name in given else None
+            for name in ("group", "sequence")
+        )
+    return Checked(call.rows, counts, target, labels, ids)
 
 
 def _own_logit(logits: np.ndarray, first_class, checked: Checked) -> np.ndarray:
@@ -209,7 +255,7 @@ def _add(options: dict, parts: list[list[RowValues]], checked: Checked, first) -
         len(by_temperature), checked.target.size
     )
     with _rows_named(first, checked.target.size):
-        evaluator._add(checked.rows, checked.target.shape, values, nll, checked.labels)
+        evaluator._add(checked.rows, checked.target.shape, values, nll, checked.labels, checked.ids)
     return evaluator
 
 
@@ -231,7 +277,7 @@ def _merge(options: dict, states: list[Evaluator]) -> Evaluator:
     return functools.reduce(Evaluator.merge, states, Evaluator(**options))
 
 
-def _report(options: dict, states: list[Delayed], token: str) -> Delayed:
+def _merged(options: dict, states: list[Delayed], token: str) -> Delayed:
     """The states merged in order, as a tree."""
     level = 0
     while len(states) > 1:
@@ -239,4 +285,4 @@ def _report(options: dict, states: list[Delayed], token: str) -> Delayed:
         keys = [f"evaluate-merge-{token}-{level}-{i}" for i in range(len(parts))]
         states = [delayed(_merge)(options, part, dask_key_name=key) for part, key in zip(parts, keys, strict=True)]
         level += 1
-    return delayed(Evaluator.compute)(states[0], dask_key_name=f"evaluate-report-{token}")
+    return states[0]

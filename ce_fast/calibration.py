@@ -67,7 +67,8 @@ class Binning:
     kind: str = "top_label"
 
     def __post_init__(self) -> None:
-        if inputs.check_integer("n_bins", self.n_bins) < 1:
+        object.__setattr__(self, "n_bins", inputs.check_integer("n_bins", self.n_bins))
+        if self.n_bins < 1:
             raise ValueError(f"n_bins is {self.n_bins}; expected at least 1")
         inputs.check_choice("strategy", self.strategy, STRATEGIES)
         inputs.check_choice("kind", self.kind, KINDS)
@@ -233,13 +234,19 @@ def calibration_error(
     return binning.bins(values, picked, weight, confidence, (best, top)).error(norm)
 
 
-def _check(loss: CrossEntropyLoss, logits, target, sample_weight) -> engine.Call:
+def check_call(loss: CrossEntropyLoss, logits, target, sample_weight) -> engine.Call:
+    """The data of a call, of class indices; whether they are classes is not known yet."""
     checked = inputs.as_logits(logits, loss.class_axis, target=target)
     call = engine.check_call(loss, checked, target, sample_weight)
     if call.soft is not None:
-        raise TypeError("target holds class probabilities; calibration takes class indices (an integer dtype)")
+        raise TypeError("target holds class probabilities; expected class indices (an integer dtype)")
     inputs.warn_if_probabilities(checked)
-    engine.count(loss, checked, call.rows)  # that every target is a class
+    return call
+
+
+def _check(loss: CrossEntropyLoss, logits, target, sample_weight) -> engine.Call:
+    call = check_call(loss, logits, target, sample_weight)
+    engine.count(loss, call.logits, call.rows)  # that every target is a class
     return call
 
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ce_fast import backends, engine, inputs, moments
-from ce_fast.evaluation import check_call, has_softmax, wide_nll
+from ce_fast.calibration import check_call
+from ce_fast.evaluation import has_softmax, wide_nll
 from ce_fast.inputs import Logits
 from ce_fast.losses import CrossEntropyLoss, KLDivLoss
 from ce_fast.moments import Estimate, Moments, RowCount

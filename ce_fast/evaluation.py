@@ -50,16 +50,6 @@ def _check_temperatures(value) -> tuple[float, ...] | None:
     return tuple(grid)
 
 
-def check_call(loss: CrossEntropyLoss, logits, target, sample_weight) -> engine.Call:
-    """The data of an update: class indices alone."""
-    checked = inputs.as_logits(logits, loss.class_axis, target=target)
-    call = engine.check_call(loss, checked, target, sample_weight)
-    if call.soft is not None:
-        raise TypeError("target holds class probabilities; an evaluation takes class indices (an integer dtype)")
-    inputs.warn_if_probabilities(checked)
-    return call
-
-
 def has_softmax(values: RowValues) -> np.ndarray:
     return ~np.isnan(values.log_prob)
 
@@ -96,7 +86,7 @@ class Evaluator:
 
     which takes rows to be independent. Bits are nats / log 2; the perplexity is :math:`e^m` of the nll, with
     :math:`e^m s`. Bits per byte are :math:`\sum_i w_i\,\text{nll}_i / (\log 2 \cdot \text{bytes})`, per character
-    likewise, the number of rows and of bytes taken as given.
+    likewise, the number of rows and of bytes taken as given; they are NaN if rows have no softmax.
 
     The calibration error is that of Guo et al., arXiv:1706.04599, in bins of the same width: with
     :math:`d_i = [r_i = 0] - \max_k p_{ik}` and :math:`d_b` its mean in bin b of the confidences, :math:`w_b` the share
@@ -240,7 +230,7 @@ class Evaluator:
             If the logits look like probabilities.
         """
         amounts = {name: _check_amount(name, n) for name, n in (("n_bytes", n_bytes), ("n_characters", n_characters))}
-        call = check_call(self._loss, logits, target, sample_weight)
+        call = calibration.check_call(self._loss, logits, target, sample_weight)
         outer = call.logits.outer_shape
         labels = None if group is None else moments.as_labels(group, outer, "group")
         ids = None if sequence is None else moments.as_labels(sequence, outer, "sequence")
@@ -349,7 +339,8 @@ class Evaluator:
         overall, groups = self._metrics(self._overall, 0), self._groups.filled()
         curve, error, largest = self._calibration()
         by_temperature, best = self._temperature_curve()
-        total = overall.nll.scaled(overall.weight / math.log(2))
+        # rows left out predict bytes too, of which nobody knows how many
+        total = overall.nll.scaled(math.nan if self._rows.invalid else overall.weight / math.log(2))
         per = {name: total.scaled(1 / n) if n else None for name, n in self._amounts.items()}
         return EvalReport(
             overall=overall,
@@ -421,12 +412,14 @@ class Evaluator:
     def _sequence_table(self) -> dict[str, np.ndarray]:
         if not len(self._sequences):
             return {}
-        ids, order = zip(*self._sequences.in_order(), strict=True)
-        mixed = isinstance(ids[0], str) != isinstance(ids[-1], str)
+        names, order = zip(*self._sequences.in_order(), strict=True)
+        ids = np.array(names)
+        if isinstance(names[0], str) != isinstance(names[-1], str) or ids.dtype.kind == "f":  # beyond 64 bits
+            ids = np.array(names, object)
         sums = Moments(self._sequences.filled().sums[list(order)])
         nll, missed = sums.of_metrics(0).T
         return {
-            "id": np.array(ids, object if mixed else None),
+            "id": ids,
             "log_likelihood": 0.0 - nll,
             "n_rows": sums.n_rows.astype(np.int64),
             "is_greedy": missed == 0,

@@ -54,8 +54,12 @@ def as_array(value, name: str) -> np.ndarray:
     try:
         return np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        kind = type(value)
-        raise TypeError(f"{name} is a {kind.__module__}.{kind.__name__} that NumPy cannot read: {error}") from error
+        kind, hint = type(value), ""
+        if "BFloat16" in str(error):
+            hint = "; a bfloat16 tensor t is t.view(torch.int16).numpy().view(ml_dtypes.bfloat16), without a copy"
+        raise TypeError(
+            f"{name} is a {kind.__module__}.{kind.__name__} that NumPy cannot read: {error}{hint}"
+        ) from error
 
 
 @lru_cache(maxsize=64)  # the name of a dtype costs a microsecond

@@ -41,7 +41,7 @@ class EvalReport:
     invalid_rows : list of int
         The numbers of the first ten of these, from 0, of all rows as they came.
     bits_per_byte, bits_per_character : Estimate or None
-        None where `n_bytes`, `n_characters` were never given.
+        None where `n_bytes`, `n_characters` were never given; NaN where rows are invalid, for they have bytes too.
     calibration_error, max_calibration_error : Estimate
     calibration : dict of ndarray
         Of each bin: lower, upper, weight, confidence (its mean), frequency (of right rows); NaN where it is empty.

@@ -270,8 +270,8 @@ def loss_by_group(report, ax=None):
     """
     if not report.groups:
         raise ValueError("the report has no groups; expected one of an Evaluator whose update() was given group=")
-    by_weight = sorted(report.groups.items(), key=lambda item: -item[1].weight)[:MOST_GROUPS]
-    shown = {label: metrics for label, metrics in report.groups.items() if label in dict(by_weight)}
+    largest = set(sorted(report.groups, key=lambda label: -report.groups[label].weight)[:MOST_GROUPS])
+    shown = {label: metrics for label, metrics in report.groups.items() if label in largest}
     nll = np.array([metrics.nll for metrics in shown.values()]).reshape(-1, 2)
     names = tuple(f"{label}{' (infinite)' if np.isinf(of.nll.value) else ''}" for label, of in shown.items())
     x, few = np.arange(len(shown)), len(shown) < len(report.groups)

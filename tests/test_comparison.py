@@ -253,7 +253,7 @@ def test_data_that_does_not_fit_is_refused_and_leaves_the_comparison_as_it_was()
     for error, match, given in (
         (IndexError, r"target\[1\] is 3", (logits, logits, [0, 3])),
         (ValueError, r"other_logits has shape \(2, 4\); expected \(2, 3\)", (logits, np.zeros((2, 4)), [0, 1])),
-        (TypeError, "takes class indices", (logits, logits, np.full((2, 3), 1 / 3))),
+        (TypeError, "expected class indices", (logits, logits, np.full((2, 3), 1 / 3))),
         (ValueError, "sample_weight", (logits, logits, [0, 1], [1.0])),
     ):
         with pytest.raises(error, match=match):

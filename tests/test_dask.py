@@ -247,3 +247,30 @@ def test_without_dask_the_error_says_what_to_install():
     code = "import sys; sys.modules['dask'] = None; import ce_fast.adapters.dask"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "pip install 'ce_fast[dask]'" in done.stderr
+
+
+# --- What goes with the rows, and the state ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [N_CLASSES, CLASSES])
+def test_sequences_and_bytes_are_those_of_the_evaluator(classes):
+    logits, targets, weights, groups = sample()
+    ids = np.arange(N_ROWS) // 20
+    logits[np.isnan(logits)] = 0  # rows without a softmax have bytes, of which nobody knows how many
+    chunked = da.from_array(logits, chunks=(ROWS, classes))
+    more = {"sequences": ids, "n_bytes": 700, "n_characters": 300}
+    found = evaluate(chunked, targets, weights, groups=groups, **more).compute()
+    evaluator = ce.Evaluator()
+    evaluator.update(logits, targets, weights, groups, sequence=ids, n_bytes=700, n_characters=300)
+    assert_same(found, evaluator.compute())
+    assert found.bits_per_byte.value > 0 and len(found.sequences["id"]) == 13
+
+
+def test_states_of_two_arrays_merge():
+    logits, targets, _, _ = sample()
+    halves = [
+        adapter.evaluator(da.from_array(logits[some], chunks=(50, -1)), targets[some]).compute()
+        for some in (slice(0, 100), slice(100, None))
+    ]
+    assert isinstance(halves[0], ce.Evaluator)
+    assert_same(halves[0].merge(halves[1]).compute(), on_one_machine(logits, targets))

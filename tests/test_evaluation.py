@@ -280,3 +280,14 @@ def test_values_that_nearly_agree_keep_the_digits_of_their_spread(rng):
     for i in parts:
         moments.add(*Moments.of([1000 + 1e-6 * spread[i]], weight[i]))
     assert moments.estimates()[0].stderr == pytest.approx(1e-6 * exact, rel=1e-6)
+
+
+def test_top_k_of_many_classes_is_torchs_for_any_k(rng):
+    torch = pytest.importorskip("torch")
+    logits, target = rng.normal(size=(400, 2000)), rng.integers(0, 2000, 400)
+    evaluator = Evaluator()
+    evaluator.update(logits, target)
+    report = evaluator.compute()
+    for k in (1, 30, 500, 1700, 2000):
+        chosen = torch.from_numpy(logits).topk(k).indices
+        assert report.top_k(k).value == (chosen == torch.from_numpy(target)[:, None]).any(1).double().mean().item()

@@ -160,7 +160,8 @@ def test_rows_without_a_softmax_are_left_out_and_counted(rng):
     logits[bad, 3] = rng.choice([np.nan, np.inf], size=bad.sum())
     logits[np.nonzero(bad)[0][0], np.nonzero(bad)[1][0]] = -np.inf
     report = evaluated([(logits, target, more)]).compute()
-    assert_close(report, without, 0, but=(".n_i", ".invalid", ".sequences"))
+    assert_close(report, without, 0, but=(".n_i", ".invalid", ".sequences", ".bits_per_"))
+    assert math.isnan(report.bits_per_byte.value) and without.bits_per_byte.value > 0  # whose bytes nobody knows
     assert report.n_invalid == bad.sum() > 10 and report.n_ignored == 0
     assert report.invalid_rows == np.flatnonzero(bad)[:10].tolist()
     broken = np.isin(report.sequences["id"], more["sequence"][bad.any(1)])
@@ -323,7 +324,7 @@ def test_data_that_does_not_fit_is_refused_and_leaves_the_evaluator_as_it_was():
     state, logits = evaluator.to_dict(), np.zeros((2, 3))
     cases = [
         (IndexError, r"target\[1\] is 3; expected 0 <= target < 3", (logits, [0, 3]), {}),
-        (TypeError, "takes class indices", (logits, np.full((2, 3), 1 / 3)), {}),
+        (TypeError, "expected class indices", (logits, np.full((2, 3), 1 / 3)), {}),
         (ValueError, "target of class indices has shape", (logits, [0]), {}),
         (ValueError, "sample_weight", (logits, [0, 1], [1, -1]), {}),
         (ValueError, "class_axis", (np.zeros((2, 2, 3)), [[0, 1], [0, 1]]), {}),
@@ -370,3 +371,19 @@ def test_a_report_is_plain_json(rng):
     assert written["overall"]["top_k_accuracy"]["5"]["value"] == report.overall.top_k_accuracy[5].value
     assert written["groups"][0]["label"] == "a" and written["nll_histogram"]["edges"][-1] is None
     assert {type(value) for _, value in flat(written)} <= {int, float, str, bool, type(None)}
+
+
+def test_options_of_numpys_integers_are_written_down(rng):
+    logits, target, _ = batch(rng)
+    evaluator = Evaluator(
+        n_bins=np.int64(5), top_k=np.array([1, 3]), ignore_index=np.int8(-100), class_axis=np.int64(-1)
+    )
+    evaluator.update(logits, target)
+    assert_close(Evaluator.from_dict(json.loads(json.dumps(evaluator.to_dict()))).compute(), evaluator.compute(), 0)
+
+
+def test_ids_beyond_64_bits_are_kept_as_they_are():
+    evaluator = Evaluator()
+    for name in (-1, 2**63 + 5):
+        evaluator.update([[1.0, 0.0]], [0], sequence=name)
+    assert evaluator.compute().sequences["id"].tolist() == [-1, 2**63 + 5]

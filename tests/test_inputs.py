@@ -336,3 +336,9 @@ def test_bfloat16_that_was_saved_is_told_how_to_view_it():
     stored = np.zeros((2, 3), ml_dtypes.bfloat16).view("V2")  # as numpy.load gives it
     with pytest.raises(TypeError, match=r"logits has dtype \|V2 \(bfloat16 .* view it as ml_dtypes\.bfloat16\)"):
         ce.cross_entropy(stored, [0, 1])
+
+
+def test_a_bfloat16_tensor_is_told_how_to_become_an_array():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"t\.view\(torch\.int16\)\.numpy\(\)\.view\(ml_dtypes\.bfloat16\)"):
+        ce.row_stats(torch.zeros(2, 3, dtype=torch.bfloat16))
