@@ -5,6 +5,8 @@ import numpy as np
 import ce_fast
 from ce_fast import measure, workloads
 
+from . import shape_of
+
 
 class Peak:
     """The input alone is there to compare with."""
@@ -44,5 +46,6 @@ class Growth:
             raise NotImplementedError(f"{who} is not installed")
 
     def track_growth(self, pair):
-        growth = measure.growth(*pair.split(" / "))
+        name, who = pair.split(" / ")
+        growth = measure.growth(name, who, shape_of(workloads.BY_NAME[name]))
         return np.nan if growth is None else growth

@@ -1,17 +1,18 @@
 """How many times as long as ours a peer takes, and as much memory: the lines of `python -m ce_fast.bench`."""
 
-import os
 from dataclasses import replace
 
 import numpy as np
 
 from ce_fast import bench, measure, workloads
 
+from . import QUICK, shape_of
+
 PAIRS = {f"{w.name} / {peer.name}": (w, peer.name) for w in workloads.WORKLOADS for peer in w.peers}
 MEMORY = {
     f"{w.name} / {bar.peer}": (replace(w, memory=(bar,)), bar.peer) for w in workloads.WORKLOADS for bar in w.memory
 }
-REPEATS = int(os.environ.get("CE_FAST_REPEATS", "5"))  # turns for each; asv's --quick does not reach `track_`
+REPEATS = 1 if QUICK else 5  # turns for each
 
 
 class Ratio:
@@ -24,8 +25,8 @@ class Ratio:
         workload, self.peer = PAIRS[pair]
         if not {workloads.OURS, self.peer} <= workload.who():
             raise NotImplementedError(f"{self.peer}, or what ours needs, is not installed")
-        self.n_threads = measure.thread_count(workload.shape)
-        calls = workload.setup(workload.shape, self.n_threads)
+        self.n_threads = measure.thread_count(shape_of(workload))
+        calls = workload.setup(shape_of(workload), self.n_threads)
         self.calls = {name: calls[name] for name in (workloads.OURS, self.peer)}
 
     def track_ratio(self, pair):
@@ -48,5 +49,6 @@ class MemoryRatio:
             raise NotImplementedError(f"{peer}, or what ours needs, is not installed")
 
     def track_memory_ratio(self, pair):
-        (row,) = bench.measure_memory(MEMORY[pair][0])
+        workload, _ = MEMORY[pair]
+        (row,) = bench.measure_memory(workload, shape_of(workload))
         return np.nan if row.ratio is None else row.ratio
