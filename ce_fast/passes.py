@@ -69,7 +69,7 @@ class Data:
                     f"{what} of {label.name} has shape {label.shape}, logits of {first.name} {first.shape}; "
                     f"expected {first.shape[:-1]}" + (f" or {first.shape[:1]}" if len(first.shape) > 2 else "")
                 )
-        if min(*first.shape, self.n_rows) < 1:
+        if min(*first.shape, first.shape[-2] - self.shift) < 1:
             raise ValueError(
                 f"logits of {first.name} have shape {first.shape}: no rows" + (" to shift" if self.shift else "")
             )

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import itertools
 import json
 import os
 import sys
@@ -450,6 +451,10 @@ def test_data_of_the_wrong_kind_are_refused(data, capsys):
     fails(capsys, ["eval", logits, data("float.npy")], r"float\.npy have dtype float64; expected an integer")
     fails(capsys, ["eval", target, target], r"target\.npy")
     fails(capsys, ["eval", data("empty.npy"), data("none.npy")], "no rows")
+    for shape in ((1, 7), (3, 1, 7)):
+        np.save(data("one.npy"), np.zeros(shape))
+        np.save(data("ones.npy"), np.zeros(shape[:-1], int))
+        fails(capsys, ["eval", data("one.npy"), data("ones.npy"), "--shift"], r"one\.npy have .*: no rows to shift")
     fails(capsys, ["eval", logits, data("missing.npy")], r"missing\.npy: no such file")
     fails(capsys, ["eval", logits, target, "--sample-weight", data("group.npy")], "sample_weight has dtype")
 
@@ -503,7 +508,7 @@ def test_an_output_that_cannot_be_written_fails_before_the_run(data, capsys):
     assert np.load(data("logits.npy")).shape == (40, 7)
 
 
-def test_an_output_needs_a_directory_in_which_it_can_be_replaced(data, capsys, monkeypatch):
+def test_an_output_that_cannot_be_written_or_replaced_fails_before_the_run(data, capsys, monkeypatch):
     command = ["eval", data("logits.npy"), data("target.npy")]
     os.mkdir(data("closed"))
     for path in ("closed/out.npz", "link.npz"):
@@ -511,9 +516,11 @@ def test_an_output_needs_a_directory_in_which_it_can_be_replaced(data, capsys, m
             pass
         if path == "link.npz":
             os.symlink(data("closed/out.npz"), data(path))
-        with monkeypatch.context() as patch:  # who runs the tests may write anywhere
-            patch.setattr(os, "access", lambda at, mode: str(at) != data("closed"))
-            for option in ("--json", "--html", "--per-row", "--resume"):
+        for closed, option in itertools.product(
+            map(data, ("closed", "closed/out.npz")), ("--json", "--html", "--per-row", "--resume")
+        ):
+            with monkeypatch.context() as patch:  # who runs the tests may write anywhere
+                patch.setattr(os, "access", lambda at, mode, closed=closed: os.path.realpath(at) != closed)
                 fails(capsys, [*command, option, data(path)], rf"{option} .*(out|link)\.npz: cannot be written")
     assert os.path.getsize(data("closed/out.npz")) == 0
 
