@@ -62,6 +62,7 @@ def _list(parse: Callable) -> Callable:
 
 
 def _row_file(path: str) -> str:
+    path = os.path.realpath(path)  # of a link what it points to is replaced, not the link
     if not path.endswith((".parquet", ".npz")):
         raise argparse.ArgumentTypeError(f"{path}; expected a name that ends in .parquet or .npz")
     return path
@@ -131,14 +132,19 @@ def _check_outputs(args: argparse.Namespace, data: passes.Data) -> None:
         path = getattr(args, option)
         if path is None or (option == "json" and path == "-"):
             continue
-        folder, name = os.path.dirname(path) or ".", f"--{option.replace('_', '-')} {path}"
+        real, name = os.path.realpath(path), f"--{option.replace('_', '-')} {path}"
+        folder, there = os.path.dirname(real), os.path.exists(path)
         if not os.path.isdir(folder):
             raise FileNotFoundError(f"{name}: there is no directory {folder}")
-        if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        replaced = os.path.isfile(path) or not there  # by a file made beside it; a pipe or device is written itself
+        needed = [folder] * replaced + [path] * there
+        if os.path.isdir(path) or not all(os.access(each, os.W_OK) for each in needed):
             raise PermissionError(f"{name}: cannot be written")
-        if os.path.realpath(path) in taken:
+        if option in ("per_row", "resume") and not replaced:
+            raise ValueError(f"{name} is a pipe or device; expected a file, or the name of a new one")
+        if real in taken:
             raise ValueError(f"{name} would overwrite an input, or what another option writes")
-        taken.add(os.path.realpath(path))
+        taken.add(real)
     _need("rich")
     if args.html:
         _need("plotly")
@@ -207,20 +213,20 @@ class _Run:
     def __init__(self, args: argparse.Namespace, data: passes.Data) -> None:
         self.args, self.data, self.task = args, data, _Task(args)
         self.inputs, self.settings = data.describe(), self.task.settings()
-        what = {
-            "inputs": self.inputs,
+        what = {  # of the inputs not as what they were named
+            "inputs": {of: found | {"name": ""} for of, found in self.inputs.items()},
             "options": self.settings,
-            "per_row": args.per_row and os.path.abspath(args.per_row),
+            "per_row": args.per_row,
         }
         self.checkpoint = passes.Checkpoint(args.resume, what) if args.resume else None
         state = (self.checkpoint.load() if self.checkpoint else None) or {
             "rows": 0, "written": 0, "seconds": 0.0, "evaluator": None,
         }  # fmt: skip
         self.evaluator = self.task.begin(state["evaluator"])
-        self.done, self.before = state["rows"], state["seconds"]
+        self.done, self.written, self.before = state["rows"], state["written"], state["seconds"]
         self.row_file = None
-        if args.per_row and not (self.done == data.n_rows and os.path.exists(args.per_row)):
-            self.row_file = passes.RowFile(args.per_row, self.task.columns, state["written"])
+        if args.per_row and not (self.done == data.n_rows and passes.RowFile.is_finished(args.per_row)):
+            self.row_file = passes.RowFile(args.per_row, self.task.columns, self.written)
         self.started = time.perf_counter()
 
     @property
@@ -232,7 +238,7 @@ class _Run:
             self.checkpoint.save(
                 {
                     "rows": self.done,
-                    "written": self.row_file.n_rows() if self.row_file else 0,
+                    "written": self.row_file.n_rows() if self.row_file else self.written,
                     "seconds": self.seconds,
                     "evaluator": self.evaluator.to_dict(),
                 }
@@ -240,20 +246,27 @@ class _Run:
 
     @contextlib.contextmanager
     def _rows_kept(self):
-        """After an error too; but without a state to go on from, no part of a file is left behind."""
+        """For a state to go on from; without one, no part of a file is left behind."""
         try:
             yield
-        except BaseException:
+        finally:
             if self.row_file:
                 self.row_file.close(keep=self.checkpoint is not None)
-            raise
 
     def go(self) -> bool:
         """Whether the end was reached."""
+        with self._rows_kept():
+            self._pass()
+            self.save()
+            finished = self.done == self.data.n_rows
+            if self.row_file and finished:
+                self.row_file.finish()
+        return finished
+
+    def _pass(self) -> None:
         size = self.args.batch_rows or self.data.batch_rows
         due = 0.0  # the first state comes with the first batch: that it can be written is known at once
         with (
-            self._rows_kept(),
             passes.interrupts() as interrupted,
             tables.progress(self.data, self.done, self.args.quiet) as advance,
         ):
@@ -269,15 +282,11 @@ class _Run:
                 if self.checkpoint and (now := time.perf_counter()) > due:
                     self.save()
                     due = now + max(SAVE_EVERY, (time.perf_counter() - now) / SAVE_SHARE)
-        self.save()
-        finished = self.done == self.data.n_rows
-        if self.row_file and (finished or not self.checkpoint):
-            self.row_file.finish()
-        return finished
 
     def to_dict(self, report) -> dict:
         """The report, and what it is of."""
         return report.to_dict() | {
+            "invalid_positions": [self.data.position(row) for row in report.invalid_rows],
             "inputs": self.inputs,
             "options": {name: list(v) if isinstance(v, tuple) else v for name, v in self.settings.items()},
             "seconds": self.seconds,
@@ -291,9 +300,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     finished = run.go()
     report = run.evaluator.compute()
     if not args.quiet and report.n_invalid:
-        first = "; ".join(data.position(row) for row in report.invalid_rows)
+        first = "; ".join(", ".join(map(str, data.position(row))) for row in report.invalid_rows)
         more = ", the first of them" if report.n_invalid > len(report.invalid_rows) else ""
-        _say(f"warning: {report.n_invalid} rows have no softmax (NaN or +inf) and are left out{more}: {first}")
+        bits = "; bits per byte or character lack their losses, not their length" * any(run.task.amounts.values())
+        _say(f"warning: {report.n_invalid} rows have no softmax (NaN or +inf) and are left out{more}: {first}{bits}")
     if not finished:
         kept = f"; the same command goes on from {args.resume}" if args.resume else ""
         _say(f"interrupted after {run.done} of {data.n_rows} {data.unit}, whose numbers these are{kept}")
@@ -304,7 +314,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.html:
         from ce_fast.report import write_html
 
-        names = [source.name for source in (*data.logits, data.target)]
+        names = [of["name"] for what, of in run.inputs.items() if what not in data.labels]
         write_html(report, args.html, title=f"ce-fast {args.command}", source=", ".join(names))
     if args.json != "-":
         tables.show(report)
@@ -345,6 +355,8 @@ def _run(argv: Sequence[str]) -> int:
     if rest:
         hint = "" if rest[0].startswith("-") else " (the shell expands a pattern that is not in quotes)"
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    if args.command == "compare" and args.sequence and not args.shift:
+        parser.error("--sequence says within what compare shifts; expected --shift with it")
     if args.command == "info":
         return _info()
     if args.command == "demo":

@@ -69,7 +69,7 @@ class Data:
                     f"{what} of {label.name} has shape {label.shape}, logits of {first.name} {first.shape}; "
                     f"expected {first.shape[:-1]}" + (f" or {first.shape[:1]}" if len(first.shape) > 2 else "")
                 )
-        if min(*first.shape, self.n_rows) < 1:
+        if min(*first.shape, first.shape[-2] - self.shift) < 1:
             raise ValueError(
                 f"logits of {first.name} have shape {first.shape}: no rows" + (" to shift" if self.shift else "")
             )
@@ -98,10 +98,10 @@ class Data:
         """What is counted along the first axis."""
         return "rows" if len(self.logits[0].shape) == 2 else "sequences"
 
-    def position(self, row: int) -> str:
-        """Of a row by its number in C order: its index, or "batch, time"."""
+    def position(self, row: int) -> list[int]:
+        """Of a row by its number in C order: its index in the logits, or batch and time."""
         shape = self.logits[0].shape
-        return str(row) if len(shape) == 2 else ", ".join(map(str, divmod(row, shape[1] - self.shift)))
+        return [row] if len(shape) == 2 else list(divmod(row, shape[1] - self.shift))
 
     def batches(self, start: int, size: int) -> Iterator[Batch]:
         """All rows from `start` on, `size` at a time or fewer: as many as lie together."""
@@ -117,30 +117,33 @@ class Data:
 
     def _batch(self, start: int, stop: int, logits: tuple[np.ndarray, ...]) -> Batch:
         later = int(self._along_rows)
-        target = files.rows(self.target, start, stop + later)[later:]
+        target = files.rows(self.target, start, stop + later)
         labels = {what: files.rows(source, start, stop + later) for what, source in self.labels.items()}
-        if self._along_rows and "sequence" in labels:  # the last of a sequence does not predict the first of the next
-            ids = labels["sequence"]
-            target = np.where(ids[1:] == ids[:-1], target.astype(np.int64), self.ignore_index)
-        labels = {what: label[later:] for what, label in labels.items()}
-        self._check(target, labels, start + later)
-        if self.shift and not later:
-            logits, target = tuple(part[:, :-1] for part in logits), target[:, 1:]
-            labels = {what: label[:, 1:] if label.ndim == 2 else label for what, label in labels.items()}
+        within = np.ones(1, bool)
+        if self.shift:  # along the last axis
+            ids = labels.get("sequence")
+            if ids is not None and ids.ndim == target.ndim:
+                within = ids[..., 1:] == ids[..., :-1]
+            labels = {what: label[..., 1:] if label.ndim == target.ndim else label for what, label in labels.items()}
+            target, logits = target[..., 1:], logits if later else tuple(part[:, :-1] for part in logits)
+        self._check(target, labels, within, (start + later, int(self.shift)))
+        if not within.all():  # the last of a sequence does not predict the first of the next
+            target = np.where(within, target.astype(np.int64), self.ignore_index)
         for what, label in labels.items():
             labels[what] = label if label.ndim == target.ndim else np.broadcast_to(label[:, None], target.shape)
         return Batch(start, stop, logits, target, labels)
 
-    def _check(self, target: np.ndarray, labels: dict[str, np.ndarray], start: int) -> None:
-        """What the evaluators say of a batch too, but not where in which file."""
-        n_classes = self.logits[0].shape[-1]
-        bad = (target != self.ignore_index) & ((target < 0) | (target >= n_classes))
-        expected = f"0 <= target < {n_classes} or ignore_index={self.ignore_index}"
-        _refuse(bad, "target", self.target, target, start, expected, IndexError)
+    def _check(self, target: np.ndarray, labels: dict[str, np.ndarray], counts: np.ndarray, first: tuple) -> None:
+        """What the evaluators say of a batch too, but not where in which file, of which `first` is the first index."""
         weight = labels.get("sample_weight")
         if weight is not None and (inputs.is_float(weight.dtype) or weight.dtype.kind in "iu"):
             bad = ~(np.isfinite(weight) & (weight >= 0))
-            _refuse(bad, "sample weight", self.labels["sample_weight"], weight, start, "finite values of at least 0")
+            _refuse(bad, "sample weight", self.labels["sample_weight"], weight, first, "finite values of at least 0")
+            counts = counts & (weight.reshape(weight.shape + (1,) * (target.ndim - weight.ndim)) != 0)
+        n_classes = self.logits[0].shape[-1]
+        bad = counts & (target != self.ignore_index) & ((target < 0) | (target >= n_classes))
+        expected = f"0 <= target < {n_classes} or ignore_index={self.ignore_index}"
+        _refuse(bad, "target", self.target, target, first, expected, IndexError)
 
     def sources(self) -> dict[str, Source]:
         names = ("logits",) if len(self.logits) == 1 else ("base", "other")
@@ -150,12 +153,13 @@ class Data:
         """The files, with what tells whether they have changed."""
         return {
             what: {
-                "name": source.name,
+                "name": _readable(source.name),
+                "key": _readable(source.name.rpartition(files.KEY)[2] if files.KEY in source.name else ""),
                 "shape": list(source.shape),
                 "dtype": source.dtype.name,
                 "files": [
                     {
-                        "path": os.path.abspath(path),
+                        "path": _readable(os.path.abspath(path)),
                         "bytes": (stat := os.stat(path)).st_size,
                         "mtime_ns": stat.st_mtime_ns,
                     }
@@ -166,12 +170,19 @@ class Data:
         }
 
 
-def _refuse(bad: np.ndarray, what: str, source: Source, values: np.ndarray, start: int, expected: str, kind=ValueError):
+def _readable(name: str) -> str:
+    """Of a file: what is not UTF-8 in it is escaped."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _refuse(
+    bad: np.ndarray, what: str, source: Source, values: np.ndarray, first: tuple, expected: str, kind=ValueError
+) -> None:
     """An error that names the first bad value by its index in the file."""
     if not bad.any():
         return
     at = tuple(int(i) for i in np.argwhere(bad)[0])
-    index = ", ".join(map(str, (at[0] + start, *at[1:])))
+    index = ", ".join(str(i + begin) for i, begin in zip(at, first, strict=False))
     raise kind(f"{what} [{index}] of {source.name} is {values[at]}; expected {expected}")
 
 
@@ -187,7 +198,7 @@ class Checkpoint:
         try:
             with open(self.path, encoding="utf-8") as file:
                 found = json.load(file)
-            saved = found["what"]
+            saved, state = found["what"], found["state"]
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
@@ -197,7 +208,7 @@ class Checkpoint:
                 f"{self.path} is the state of another run: {differing[0][0]} differs; name another file, or remove it "
                 f"to begin again"
             )
-        return found["state"]
+        return state
 
     def save(self, state: dict) -> None:
         files.write_whole(self.path, json.dumps({"what": self._what(), "state": state}))
@@ -228,6 +239,11 @@ class RowFile:
             os.truncate(self.part, n_done * self.dtype.itemsize)
         self.file = open(self.part, "ab" if n_done else "wb")  # noqa: SIM115
 
+    @staticmethod
+    def is_finished(path: str) -> bool:
+        """Of rows that are done: a file of that name may be an older one, beside which they wait."""
+        return os.path.exists(path) and not os.path.exists(path + ".part")
+
     def write(self, values: dict[str, np.ndarray]) -> None:
         records = np.empty(len(values[self.dtype.names[0]]), self.dtype)  # type: ignore[index]
         for name in self.dtype.names or ():
@@ -240,20 +256,30 @@ class RowFile:
         return self.file.tell() // self.dtype.itemsize
 
     def close(self, keep: bool) -> None:
-        self.file.close()
-        if not keep:
-            os.remove(self.part)
+        try:
+            self.file.close()
+        finally:
+            if not keep:
+                _remove(self.part)
 
     def finish(self) -> None:
-        self.close(keep=True)
+        self.file.close()
         records, whole = np.memmap(self.part, self.dtype, "r"), self.path + ".tmp"
-        if self.path.endswith(".npz"):
-            with open(whole, "wb") as file:
-                np.savez(file, **{name: records[name] for name in self.dtype.names or ()})  # type: ignore[arg-type]
-        else:
-            _write_parquet(whole, records)
-        os.replace(whole, self.path)
-        self.close(keep=False)
+        try:
+            if self.path.endswith(".npz"):
+                with open(whole, "wb") as file:
+                    np.savez(file, **{name: records[name] for name in self.dtype.names or ()})  # type: ignore[arg-type]
+            else:
+                _write_parquet(whole, records)
+            os.replace(whole, self.path)
+        finally:
+            _remove(whole)
+        _remove(self.part)
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
 
 
 def _write_parquet(path: str, records: np.ndarray) -> None:

@@ -63,7 +63,8 @@ def _table(header: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> None:
     console = Console(file=sys.stdout, width=None if seen else 400, markup=False, highlight=False, emoji=False)
     with console.capture() as text:  # rich would end the process, with status 1, where a pipe is closed
         console.print(table)
-    sys.stdout.write("\n".join(line.rstrip() for line in text.get().splitlines()) + "\n\n")
+    shown, encoding = "\n".join(line.rstrip() for line in text.get().splitlines()), sys.stdout.encoding or "utf-8"
+    sys.stdout.write(shown.encode(encoding, "backslashreplace").decode(encoding) + "\n\n")
 
 
 def _line(name: str, of) -> tuple[str, str, str]:

@@ -1,9 +1,12 @@
 """The command ce-fast gives the numbers of Evaluator and Comparison on the arrays, and says plainly what is wrong."""
 
 import contextlib
+import errno
 import io
+import itertools
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -159,12 +162,61 @@ def test_shift_does_not_predict_the_first_token_of_a_sequence_by_the_last_of_ano
         close(found, evaluated(data.logits[:-1], target, sequence=ids[1:]))
 
 
+@pytest.mark.parametrize("batch", (1, 4, 1000))
+def test_shift_within_a_row_of_packed_sequences_predicts_in_each_alone(batched, batch):
+    ids = np.sort(batched.sequence % 3, axis=1)
+    np.save(batched("packed.npy"), ids)
+    target = np.where(ids[:, 1:] == ids[:, :-1], batched.target[:, 1:], -100)
+    assert (target != batched.target[:, 1:]).any()
+    found = batched.run("--shift", "--batch-rows", batch, "--sequence", batched("packed.npy"))
+    close(found, evaluated(batched.logits[:, :-1], target, sequence=ids[:, 1:]))
+
+
+def test_targets_that_are_never_read_are_not_checked(batched, data):
+    data.weight[[3, 20]], data.target[[3, 20]] = 0, 99
+    np.save(data("target.npy"), data.target)
+    np.save(data("weight.npy"), data.weight)
+    found = data.run("--sample-weight", data("weight.npy"))
+    close(found, evaluated(data.logits, data.target, data.weight))
+
+
+def test_what_shift_leaves_out_is_not_checked(batched):
+    batched.target[:, 0], batched.weight[:, 0] = 99, np.nan
+    np.save(batched("target.npy"), batched.target)
+    np.save(batched("weight.npy"), batched.weight)
+    found = batched.run("--shift", "--sample-weight", batched("weight.npy"))
+    close(found, evaluated(batched.logits[:, :-1], batched.target[:, 1:], batched.weight[:, 1:]))
+
+
 @pytest.mark.parametrize("batch", (1, 16, 1000))
 def test_compare_gives_the_numbers_of_a_comparison_on_the_arrays(data, batch):
     options = ["--batch-rows", batch, "--sample-weight", data("weight.npy"), "--temperature", 2]
     comparison = Comparison(temperature=2.0)
     comparison.update(data.logits, data.other, data.target, data.weight)
     close(data.compare(*options), comparison.compute().to_dict())
+
+
+def test_compare_takes_ignore_index_and_strict(data, capsys):
+    data.logits[4, 2], data.target[4] = np.nan, 0
+    np.save(data("logits.npy"), data.logits)
+    np.save(data("target.npy"), np.where(data.target < 0, 3, data.target))
+    comparison = Comparison(ignore_index=3)
+    comparison.update(data.logits, data.other, np.load(data("target.npy")))
+    expected = comparison.compute().to_dict()
+    assert expected["n_ignored"] > 1
+    close(data.compare("--ignore-index", 3), expected)
+    argv = ["compare", data("logits.npy"), data("other.npy"), data("target.npy")]
+    fails(capsys, [*argv, "--strict"], r"\b4\b")
+
+
+def test_threads_reach_the_evaluator_of_a_state_too(data, monkeypatch):
+    given, init = [], Evaluator.__init__
+    monkeypatch.setattr(
+        Evaluator, "__init__", lambda self, **options: given.append(options["n_threads"]) or init(self, **options)
+    )
+    for n in (1, 2):
+        data.run("--threads", n, "--resume", data("state"))
+    assert given == [1, 2]
 
 
 def test_compare_shifts_both(batched):
@@ -257,6 +309,15 @@ def test_the_table_has_each_number_with_its_standard_error(data, capsys):
     assert "\x1b" not in out and err == "" and out.isascii()
 
 
+def test_temperatures_are_lines_of_the_table(data, capsys):
+    assert cli.main(["eval", data("logits.npy"), data("target.npy"), "--temperatures", "0.5,2"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    found = evaluated(data.logits, data.target, temperatures=(0.5, 2))
+    assert ["best", "temperature", f"{found['best_temperature']:g}"] in lines
+    for t, nll, stderr in zip(*found["temperatures"].values(), strict=True):
+        assert ["nll", "at", "temperature", f"{t:g}", f"{nll:.6g}", f"{stderr:.2g}"] in lines
+
+
 def test_the_same_command_prints_the_same(data, capsys):
     texts = []
     for _ in range(2):
@@ -339,6 +400,12 @@ def test_rows_of_sequences_without_a_softmax_are_named_by_their_index(batched, c
     for shift in ([], ["--shift"]):
         assert cli.main(["eval", batched("logits.npy"), batched("target.npy"), *shift]) == 0
         assert capsys.readouterr().err.endswith("left out: 4, 2\n")
+        assert batched.run(*shift)["invalid_positions"] == [[4, 2]]
+    for option in ("--bytes", "--characters"):
+        assert cli.main(["eval", batched("logits.npy"), batched("target.npy"), option, "9"]) == 0
+        assert capsys.readouterr().err.endswith(
+            "left out: 4, 2; bits per byte or character lack their losses, not their length\n"
+        )
 
 
 def test_warnings_are_lines_and_quiet_has_none(data, capsys):
@@ -384,8 +451,22 @@ def test_data_of_the_wrong_kind_are_refused(data, capsys):
     fails(capsys, ["eval", logits, data("float.npy")], r"float\.npy have dtype float64; expected an integer")
     fails(capsys, ["eval", target, target], r"target\.npy")
     fails(capsys, ["eval", data("empty.npy"), data("none.npy")], "no rows")
+    for shape in ((1, 7), (3, 1, 7)):
+        np.save(data("one.npy"), np.zeros(shape))
+        np.save(data("ones.npy"), np.zeros(shape[:-1], int))
+        fails(capsys, ["eval", data("one.npy"), data("ones.npy"), "--shift"], r"one\.npy have .*: no rows to shift")
     fails(capsys, ["eval", logits, data("missing.npy")], r"missing\.npy: no such file")
     fails(capsys, ["eval", logits, target, "--sample-weight", data("group.npy")], "sample_weight has dtype")
+
+
+def test_a_target_beyond_int64_is_no_class_and_not_wrapped_to_the_ignored_one(data, capsys):
+    target = np.where(data.target < 0, 0, data.target).astype(np.uint64)
+    target[1] = 2**64 - 100
+    np.save(data("target.npy"), target)
+    np.save(data("sequence.npy"), np.arange(40) // 8)
+    command = ["eval", data("logits.npy"), data("target.npy"), "--shift"]
+    for more in ([], ["--sequence", data("sequence.npy")]):
+        fails(capsys, [*command, *more], r"target \[1\] of .*target\.npy is 18446744073709551516; expected 0 <= target")
 
 
 @pytest.mark.parametrize("shift", ([], ["--shift"]), ids=("", "shift"))
@@ -427,6 +508,72 @@ def test_an_output_that_cannot_be_written_fails_before_the_run(data, capsys):
     assert np.load(data("logits.npy")).shape == (40, 7)
 
 
+def test_an_output_that_cannot_be_written_or_replaced_fails_before_the_run(data, capsys, monkeypatch):
+    command = ["eval", data("logits.npy"), data("target.npy")]
+    os.mkdir(data("closed"))
+    for path in ("closed/out.npz", "link.npz"):
+        with open(data("closed/out.npz"), "w", encoding="utf-8"):
+            pass
+        if path == "link.npz":
+            os.symlink(data("closed/out.npz"), data(path))
+        for closed, option in itertools.product(
+            map(data, ("closed", "closed/out.npz")), ("--json", "--html", "--per-row", "--resume")
+        ):
+            with monkeypatch.context() as patch:  # who runs the tests may write anywhere
+                patch.setattr(os, "access", lambda at, mode, closed=closed: os.path.realpath(at) != closed)
+                fails(capsys, [*command, option, data(path)], rf"{option} .*(out|link)\.npz: cannot be written")
+    assert os.path.getsize(data("closed/out.npz")) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_what_is_read_again_is_no_pipe(data, capsys):
+    os.mkfifo(data("pipe.npz"))
+    for option in ("--per-row", "--resume"):
+        argv = ["eval", data("logits.npy"), data("target.npy"), option, data("pipe.npz")]
+        fails(capsys, argv, f"{option} .*pipe.npz is a pipe or device; expected a file")
+
+
+def test_per_row_through_a_link_replaces_what_it_points_to(data):
+    os.mkdir(data("disk"))
+    os.symlink(data("disk/rows.npz"), data("link.npz"))
+    data.run("--per-row", data("link.npz"))
+    assert os.path.islink(data("link.npz")) and len(read_rows(data("disk/rows.npz"))["lse"]) == 40
+    assert os.listdir(data("disk")) == ["rows.npz"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs file names of any bytes")
+def test_a_file_name_of_any_bytes_is_escaped_in_outputs(data):
+    pytest.importorskip("plotly")
+    np.save(data("x\udcff.npy"), data.logits)
+    found = data.run("--html", data("page.html"), logits="x\udcff.npy")["inputs"]["logits"]
+    with open(data("page.html"), encoding="utf-8") as file:
+        assert "x\\udcff.npy" in file.read()
+    assert found["name"] == found["files"][0]["path"] == data("x\\udcff.npy")
+
+
+def test_what_standard_output_cannot_encode_is_escaped(data):
+    np.save(data("group.npy"), np.where(data.group == "law", "\u00e9", data.group))
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with contextlib.redirect_stdout(out):
+        assert cli.main(["eval", data("logits.npy"), data("target.npy"), "--group", data("group.npy")]) == 0
+    assert b"\n\\xe9 " in out.buffer.getvalue()
+
+
+def test_an_error_at_the_end_leaves_no_part_of_a_file(data, capsys, monkeypatch):
+    for suffix, module in (("npz", np), ("parquet", pytest.importorskip("pyarrow.parquet"))):
+        monkeypatch.setattr(module, {"npz": "savez", "parquet": "ParquetWriter"}[suffix], full)
+        argv = ["eval", data("logits.npy"), data("target.npy"), "--per-row", data(f"rows.{suffix}")]
+        fails(capsys, argv, "No space left")
+        assert not [name for name in os.listdir(data.folder) if name.startswith("rows")]
+
+
+def full(file, *args, **arrays):
+    """As numpy.savez, on a disk without space."""
+    if isinstance(file, str):
+        open(file, "wb").close()
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_an_error_leaves_no_part_of_a_file(data, capsys):
     data.target[31] = 7
     np.save(data("target.npy"), data.target)
@@ -442,6 +589,7 @@ def test_an_error_leaves_no_part_of_a_file(data, capsys):
         ["eval", "a", "b", "--temperature", "0"], ["eval", "a", "b", "--temperature", "nan"],
         ["eval", "a", "b", "--top-k", "1,x"], ["eval", "a", "b", "--per-row", "rows.csv"],
         ["eval", "a", "b", "--dtype", "float8"], ["compare", "a", "b", "c", "--bins", "3"],
+        ["compare", "a", "b", "c", "--sequence", "d"],
     ),
     ids=" ".join,
 )  # fmt: skip

@@ -9,9 +9,9 @@ import time
 
 import numpy as np
 import pytest
-from test_cli import Files, fails, read_rows
+from test_cli import Files, fails, full, read_rows
 
-from ce_fast import cli
+from ce_fast import cli, passes
 from ce_fast.comparison import Comparison
 
 
@@ -74,10 +74,67 @@ def test_a_finished_state_says_the_same_again_and_one_of_another_run_is_refused(
     fails(capsys, ["compare", data("logits.npy"), *argv[1:]], "state of another run")
     np.save(data("target.npy"), data.target[::-1])
     fails(capsys, argv, "state of another run: inputs target files 0 mtime_ns differs")
-    for text in ("", "{}", "[1]"):
+    with open(data("state"), encoding="utf-8") as file:
+        what = json.dumps({"what": json.load(file)["what"]})
+    for text in ("", "{}", "[1]", what):
         with open(data("state"), "w", encoding="utf-8") as file:
             file.write(text)
         fails(capsys, argv, "is no state that ce-fast saved")
+
+
+def test_a_state_is_of_files_and_not_of_how_they_were_named(data, monkeypatch, capsys):
+    monkeypatch.chdir(data.folder)
+    np.savez("both.npz", x=data.logits, y=data.other)
+    for logits in ("both.npz::x", "./both.npz::x", data("both.npz::x")):
+        assert cli.main(["eval", logits, "target.npy", "--resume", "state"]) == 0
+    fails(capsys, ["eval", "both.npz::y", "target.npy", "--resume", "state"], "inputs logits key differs")
+
+
+def test_a_state_is_of_one_version(data, monkeypatch, capsys):
+    data.run("--resume", data("state"))
+    monkeypatch.setattr(passes, "__version__", "0")
+    argv = ["eval", data("logits.npy"), data("target.npy"), "--resume", data("state")]
+    fails(capsys, argv, "state of another run: version differs")
+
+
+def test_the_time_before_an_interruption_counts(data):
+    data.run("--resume", data("state"))
+    with open(data("state"), encoding="utf-8") as file:
+        found = json.load(file)
+    found["state"]["seconds"] = 1e6
+    with open(data("state"), "w", encoding="utf-8") as file:
+        json.dump(found, file)
+    assert 1e6 < data.run("--resume", data("state"))["seconds"] < 2e6
+
+
+def test_rows_that_could_not_be_written_at_the_end_are_by_the_same_command(data, monkeypatch, capsys):
+    options = ["--resume", data("state"), "--per-row", data("rows.npz")]
+    np.savez(data("rows.npz"), old=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", full)
+        fails(capsys, ["eval", data("logits.npy"), data("target.npy"), *options], "No space left")
+    assert list(read_rows(data("rows.npz"))) == ["old"]
+    for _ in range(2):
+        data.run(*options)
+        assert len(read_rows(data("rows.npz"))["lse"]) == 40
+        assert [name for name in os.listdir(data.folder) if name.startswith("rows")] == ["rows.npz"]
+    os.remove(data("rows.npz"))
+    argv = ["eval", data("logits.npy"), data("target.npy"), *options]
+    fails(capsys, argv, r"rows\.npz\.part has not the 40 rows")
+
+
+def test_an_interrupted_run_without_a_state_leaves_the_rows_of_an_older_one(data, monkeypatch):
+    data.run("--per-row", data("rows.npz"))
+    update = Comparison.update
+
+    def interrupted(self, *args):
+        signal.raise_signal(signal.SIGINT)
+        return update(self, *args)
+
+    monkeypatch.setattr(Comparison, "update", interrupted)
+    inputs = [data("logits.npy"), data("other.npy"), data("target.npy")]
+    assert cli.main(["compare", *inputs, "--batch-rows", "8", "--per-row", data("rows.npz")]) == 130
+    assert len(read_rows(data("rows.npz"))["lse"]) == 40 and not os.path.exists(data("rows.npz.part"))
 
 
 def test_a_run_that_died_goes_on_from_its_last_state(data, monkeypatch):
