@@ -163,7 +163,12 @@ def _join(name: str, parts: list[Source]) -> Source:
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Write a text file: whole, or not at all."""
+    """Write a text file: whole, or not at all. A link stays one, and a pipe or a device is written to."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        return
+    path = os.path.realpath(path)
     part = f"{path}.{os.getpid()}.part"
     try:
         with open(part, "w", encoding="utf-8") as file:
@@ -188,7 +193,8 @@ def open_source(spec: str, key: str | None = None, dtype: str | None = None) -> 
     key : str, optional
         Where `spec` has none; needed if a file holds several arrays.
     dtype : {"bfloat16", "float16"}, optional
-        What 16-bit values are.
+        What 16-bit values without a name of their own are: integers, and what numpy.save makes of bfloat16. What the
+        file calls a float is what it says.
 
     Returns
     -------
@@ -263,12 +269,12 @@ def _need(module: str, path: str):
 
 
 def _seen_as(stored: np.dtype, dtype: str | None, name: str) -> np.dtype:
-    """The dtype of what is stored: 16-bit values may be floats that NumPy has no name for."""
+    """The dtype of what is stored: 16-bit values may be floats that NumPy has no name for; what has one keeps it."""
     if stored.hasobject:
         raise ValueError(f"{name}: holds pickled Python objects, which may run code; expected an array of numbers")
-    if dtype is None and stored != BFLOAT16:
+    if stored != BFLOAT16 and (dtype is None or stored.kind == "f"):
         return stored
-    if stored.itemsize != 2:
+    if stored not in (BFLOAT16, np.int16, np.uint16):
         raise ValueError(f"{name} has dtype {stored}, which cannot be seen as {dtype}; expected one of 16 bits")
     if dtype == "float16":
         return np.dtype(np.float16)
@@ -350,8 +356,9 @@ def _open_safetensors(path: str, key: str | None, dtype: str | None) -> Source:
     if entry["dtype"] not in SAFETENSORS:
         raise ValueError(f"{name} has dtype {entry['dtype']}; expected one of {', '.join(SAFETENSORS)}")
     stored = np.dtype(SAFETENSORS[entry["dtype"]])
+    seen = _seen_as(stored, None if stored == BFLOAT16 else dtype, name)  # which safetensors has a name for
     offset = 8 + length + entry["data_offsets"][0]
-    return Mapped(name, path, offset, tuple(entry["shape"]), _seen_as(stored, dtype, name), stored)
+    return Mapped(name, path, offset, tuple(entry["shape"]), seen, stored)
 
 
 def _open_parquet(path: str, key: str | None, dtype: str | None) -> Source:

@@ -2,7 +2,10 @@
 
 import json
 import os
+import stat
 import struct
+import subprocess
+import sys
 import zipfile
 
 import ml_dtypes
@@ -98,9 +101,20 @@ def test_16_bit_integers_are_seen_as_the_floats_they_are(tmp_path, rng, kind):
     same(in_batches(files.open_source(path, dtype="float16"), 4), array.view(np.float16))
 
 
-def test_values_of_32_bits_are_not_seen_as_16(tmp_path):
-    path = write(tmp_path / "x", {"x": np.zeros((2, 3), np.float32)}, "npy")
-    with pytest.raises(ValueError, match=r"x\.npy has dtype float32, which cannot be seen as bfloat16"):
+@pytest.mark.parametrize(
+    ("kind", "stored", "dtype"),
+    [("npy", "float16", "bfloat16"), ("npz", "float32", "bfloat16"), ("safetensors", "float16", "bfloat16"),
+     ("safetensors", "bfloat16", "float16"), ("parquet", "float16", "bfloat16")],
+)  # fmt: skip
+def test_what_the_file_calls_a_float_is_what_it_says(tmp_path, rng, kind, stored, dtype):
+    array = rng.normal(size=(9, 4)).astype(stored)
+    same(in_batches(files.open_source(write(tmp_path / "x", {"x": array}, kind), dtype=dtype), 4), array)
+
+
+@pytest.mark.parametrize("stored", ("int32", ">i2", "S2", "bool"))
+def test_only_native_values_of_16_bits_are_seen_as_floats(tmp_path, stored):
+    path = write(tmp_path / "x", {"x": np.zeros((2, 3), stored)}, "npy")
+    with pytest.raises(ValueError, match=r"x\.npy has dtype .*, which cannot be seen as bfloat16"):
         files.open_source(path, dtype="bfloat16")
 
 
@@ -288,3 +302,35 @@ def test_what_is_written_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         files.write_whole(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["numbers.json"]
+
+
+def test_a_link_that_is_written_stays_one(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "numbers.json")
+    for text in ("first", "second"):
+        files.write_whole(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "numbers.json").read_text() == text
+    assert sorted(os.listdir(tmp_path)) == ["link", "numbers.json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+@pytest.mark.parametrize("linked", (False, True))
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path, linked):
+    path = pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    if linked:
+        path = tmp_path / "link"
+        path.symlink_to(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        files.write_whole(path, "text")
+        assert os.read(reader, 100) == b"text" and stat.S_ISFIFO(os.stat(path).st_mode)
+    finally:
+        os.close(reader)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd/1"), reason="the system has no /proc")
+def test_a_link_to_the_standard_output_is_written_to(tmp_path):
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout is
+    code = "import sys; from ce_fast import files; files.write_whole(sys.argv[1], 'text')"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "stdout")], capture_output=True, check=True)
+    assert done.stdout == b"text" and (tmp_path / "stdout").is_symlink()
