@@ -136,6 +136,31 @@ def test_arrow_files_that_are_not_compressed_are_not_copied(tmp_path, rng):
     assert not first.flags.owndata and not first.flags.writeable and np.shares_memory(first, again)
 
 
+@pytest.mark.parametrize("suffix", ("feather", "arrow"))
+def test_of_compressed_arrow_files_one_batch_of_one_column_is_held(tmp_path, suffix):
+    pa = pytest.importorskip("pyarrow")
+    arrays = {"z": np.zeros((4096, 1024), np.float32), "ids": np.arange(4096)}  # 4 batches of 4 MiB
+    table = pa.table({key: arrow_column(array, False) for key, array in arrays.items()})
+    path, options = str(tmp_path / f"x.{suffix}"), pa.ipc.IpcWriteOptions(compression="lz4")
+    new = pa.ipc.new_file if suffix == "feather" else pa.ipc.new_stream
+    with new(path, table.schema, options=options) as writer:
+        writer.write_table(table, 1024)
+    assert os.path.getsize(path) < arrays["z"].nbytes / 10
+    code = """if True:
+        import sys
+        import pyarrow as pa
+        from ce_fast import files
+        for key in ("ids", "z"):
+            source = files.open_source(sys.argv[1], key)
+            sums = [int(files.rows(source, start, start + 512).sum()) for start in range(0, 4096, 512)]
+            print(sum(sums), pa.default_memory_pool().max_memory())
+        """  # in a process of its own: the maximum is of all its life
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, check=True, text=True)
+    (ids, ids_peak), (z, z_peak) = (map(int, line.split()) for line in done.stdout.splitlines())
+    assert (ids, z) == (arrays["ids"].sum(), 0)
+    assert ids_peak < 1 << 20 and 4 << 20 <= z_peak < 6 << 20
+
+
 def test_columns_of_labels_come_back(tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     words = ["law", "art", "law"]
@@ -247,6 +272,63 @@ def test_a_compressed_member_that_was_changed_is_damaged(tmp_path, rng):
         file.write(b"\x00" * 64)
     with pytest.raises(ValueError, match=r"x\.npz::x: damaged"):
         in_batches(files.open_source(path), 100)
+
+
+@pytest.mark.parametrize("kind", (*NUMPY_FORMATS, *ARROW_FORMATS, "lists.parquet", "lists.feather", "lists.arrow"))
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_bytes_are_damaged_the_file_is_read_or_told_by_its_name(tmp_path, rng, kind):
+    path = write(tmp_path / "x", {"x": rng.normal(size=(40, 7)).astype(np.float32)}, kind)
+    with open(path, "rb") as file:
+        whole = file.read()
+    ends = np.r_[: min(400, len(whole)), max(0, len(whole) - 700) : len(whole)]  # where headers and footers are
+    told = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for place in rng.choice(ends, rng.integers(1, 3)):
+            damaged[place] = rng.choice((0, 0xFF, damaged[place] ^ 1 << rng.integers(8), rng.integers(256)))
+        with open(path, "wb") as file:
+            file.write(damaged)
+        try:
+            source = files.open_source(path)
+            files.rows(source, 0, min(source.shape[0], 100))
+        except ValueError as error:
+            told += 1
+            assert path in str(error)
+    assert told
+
+
+@pytest.mark.parametrize(
+    ("place", "bits", "words"), [(6, 0x20, "patched"), (6, 1, "encrypted"), (6, 0x40, "strong encryption"),
+     (8, 77, "compression method")],
+)  # fmt: skip
+def test_members_that_zipfile_does_not_read_are_told(tmp_path, place, bits, words):
+    path = write(tmp_path / "x", {"x": np.zeros((4, 3))}, "npz")
+    with open(path, "rb") as file:
+        damaged = bytearray(file.read())
+    for begin, shift in ((0, 0), (damaged.index(b"PK\1\2"), 2)):  # of the member, and of the directory
+        damaged[begin + place + shift] |= bits
+    with open(path, "wb") as file:
+        file.write(damaged)
+    with pytest.raises(ValueError, match=rf"x\.npz: damaged: .*{words}"):
+        files.open_source(path)
+
+
+def test_a_header_that_is_no_python_is_damaged(tmp_path):
+    path = write(tmp_path / "x", {"x": np.zeros((4, 3))}, "npy")
+    with open(path, "r+b") as file:
+        file.seek(10)
+        file.write(b"(")  # tokenize.TokenError
+    with pytest.raises(ValueError, match=r"x\.npy: damaged"):
+        files.open_source(path)
+
+
+def test_a_member_that_is_shorter_than_its_header_says_does_not_read_the_next(tmp_path):
+    npy = write(tmp_path / "x", {"x": np.zeros((4, 3))}, "npy")
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive, open(npy, "rb") as file:
+        archive.writestr("x.npy", file.read().replace(b"(4, 3)", b"(9, 3)"))
+        archive.write(npy, "y.npy")
+    with pytest.raises(ValueError, match=r"x\.npz::x: truncated: 224 bytes; .* ends at byte 344"):
+        files.open_source(f"{tmp_path}/x.npz", "x")
 
 
 @pytest.mark.parametrize("kind", ("npy", "npz", "compressed.npz"))
