@@ -45,7 +45,7 @@ class Source(Protocol):
 
 
 @contextlib.contextmanager
-def _told(name: str) -> Iterator[None]:
+def _told(name: str, what: str = "damaged") -> Iterator[None]:
     """Damaged bytes make a reader raise anything (tokenize.TokenError, NotImplementedError, zlib.error, ArrowInvalid,
     MemoryError of a length that none has): what does not name the file already is a ValueError that does."""
     try:
@@ -55,7 +55,7 @@ def _told(name: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, (OSError, ValueError)) and (name in str(error) or getattr(error, "filename", None)):
             raise
-        what = "damaged, or larger than memory" if isinstance(error, MemoryError) else "damaged"
+        what += ", or larger than memory" if isinstance(error, MemoryError) else ""
         raise ValueError(f"{name}: {what}: {str(error) or type(error).__name__}") from error
 
 
@@ -257,7 +257,7 @@ def _open(path: str, key: str | None, dtype: str | None) -> Source:
         )
     if suffix not in OPENERS:
         raise ValueError(f"{path}: unknown kind of file {suffix!r}; expected one of {', '.join(OPENERS)}")
-    with _told(path):
+    with _told(path, "damaged, or of a format that is not read"):
         source = OPENERS[suffix](path, key, dtype)
     if not source.shape:
         raise ValueError(f"{source.name} is a scalar; expected an array with rows")
@@ -441,8 +441,14 @@ def _open_columns(path: str, key: str | None, dtype: str | None, schema, n_rows:
     shape = (n_rows, *empty.shape[1:])
     size = max(1, STREAMED // max(1, empty.dtype.itemsize * math.prod(shape[1:])))
 
+    def piece(column) -> np.ndarray:
+        try:
+            return _as_numpy(column.cast(kind), name)
+        except pa.ArrowInvalid as error:  # lists of another length
+            raise ValueError(f"{name}: {error}") from error
+
     def pieces() -> Iterator[np.ndarray]:
-        return map(lambda column: _as_numpy(column.cast(kind), name), batches(key, size))  # which keeps no column
+        return map(piece, batches(key, size))  # which keeps no column, as a loop's variable does
 
     return Stream(name, path, shape, seen, empty.dtype, pieces)
 

@@ -309,7 +309,7 @@ def test_members_that_zipfile_does_not_read_are_told(tmp_path, place, bits, word
         damaged[begin + place + shift] |= bits
     with open(path, "wb") as file:
         file.write(damaged)
-    with pytest.raises(ValueError, match=rf"x\.npz: damaged: .*{words}"):
+    with pytest.raises(ValueError, match=rf"x\.npz: damaged, or of a format that is not read: .*{words}"):
         files.open_source(path)
 
 
@@ -358,12 +358,25 @@ def test_a_dtype_of_safetensors_that_no_array_has_is_refused(tmp_path):
         files.open_source(str(tmp_path / "x.safetensors"))
 
 
+@pytest.mark.parametrize("kind", ("feather", "arrow"))
+def test_a_length_below_zero_does_not_abort_the_process(tmp_path, rng, kind):
+    path = write(tmp_path / "x", {"x": rng.normal(size=(4, 4321))}, kind)
+    with open(path, "rb") as file:
+        whole = file.read()
+    assert struct.pack("<q", 4 * 4321) in whole  # of the values, below the lists
+    with open(path, "wb") as file:
+        file.write(whole.replace(struct.pack("<q", 4 * 4321), struct.pack("<q", -5)))
+    with pytest.raises(ValueError, match=r"x\.\w+::x: damaged"):
+        in_batches(files.open_source(path), 2)
+
+
 @pytest.mark.parametrize("values", ([[1.0, 2.0], None], [[1.0, 2.0], [3.0, None]], [[1.0, 2.0], [3.0]]), ids=str)
 def test_columns_with_nulls_or_of_several_lengths_are_refused(tmp_path, values):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"x": values}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"x\.parquet::x"):
+    with pytest.raises(ValueError, match=r"x\.parquet::x") as told:
         in_batches(files.open_source(str(tmp_path / "x.parquet")), 2)
+    assert "damaged" not in str(told.value)
 
 
 def test_columns_of_structures_are_refused(tmp_path):
