@@ -14,8 +14,8 @@ import mmap
 import os
 import re
 import struct
+import sys
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -42,6 +42,21 @@ class Source(Protocol):
     @property
     def dtype(self) -> np.dtype: ...
     def some(self, start: int, stop: int) -> np.ndarray: ...
+
+
+@contextlib.contextmanager
+def _told(name: str, what: str = "damaged") -> Iterator[None]:
+    """Damaged bytes make a reader raise anything (tokenize.TokenError, NotImplementedError, zlib.error, ArrowInvalid,
+    MemoryError of a length that none has): what does not name the file already is a ValueError that does."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        if isinstance(error, (OSError, ValueError)) and (name in str(error) or getattr(error, "filename", None)):
+            raise
+        what += ", or larger than memory" if isinstance(error, MemoryError) else ""
+        raise ValueError(f"{name}: {what}: {str(error) or type(error).__name__}") from error
 
 
 def row_bytes(source: Source) -> int:
@@ -116,7 +131,8 @@ class Stream:
         while start >= self._at + len(self._piece):
             self._at += len(self._piece)
             self._piece = None  # no two pieces in memory
-            self._piece = next(self._pieces, None)
+            with _told(self.name):
+                self._piece = next(self._pieces, None)
             if self._piece is None:
                 raise ValueError(f"{self.name}: truncated: {self._at} rows; expected {self.shape[0]}")
         return self._piece[start - self._at : stop - self._at].view(self.dtype)
@@ -163,7 +179,12 @@ def _join(name: str, parts: list[Source]) -> Source:
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Write a text file: whole, or not at all."""
+    """Write a text file: whole, or not at all. A link stays one, and a pipe or a device is written to."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        return
+    path = os.path.realpath(path)
     part = f"{path}.{os.getpid()}.part"
     try:
         with open(part, "w", encoding="utf-8") as file:
@@ -188,7 +209,8 @@ def open_source(spec: str, key: str | None = None, dtype: str | None = None) -> 
     key : str, optional
         Where `spec` has none; needed if a file holds several arrays.
     dtype : {"bfloat16", "float16"}, optional
-        What 16-bit values are.
+        What 16-bit values without a name of their own are: integers, and what numpy.save makes of bfloat16. What the
+        file calls a float is what it says.
 
     Returns
     -------
@@ -235,10 +257,8 @@ def _open(path: str, key: str | None, dtype: str | None) -> Source:
         )
     if suffix not in OPENERS:
         raise ValueError(f"{path}: unknown kind of file {suffix!r}; expected one of {', '.join(OPENERS)}")
-    try:
+    with _told(path, "damaged, or of a format that is not read"):
         source = OPENERS[suffix](path, key, dtype)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path}: damaged: {error}") from error
     if not source.shape:
         raise ValueError(f"{source.name} is a scalar; expected an array with rows")
     return source
@@ -263,12 +283,12 @@ def _need(module: str, path: str):
 
 
 def _seen_as(stored: np.dtype, dtype: str | None, name: str) -> np.dtype:
-    """The dtype of what is stored: 16-bit values may be floats that NumPy has no name for."""
+    """The dtype of what is stored: 16-bit values may be floats that NumPy has no name for; what has one keeps it."""
     if stored.hasobject:
         raise ValueError(f"{name}: holds pickled Python objects, which may run code; expected an array of numbers")
-    if dtype is None and stored != BFLOAT16:
+    if stored != BFLOAT16 and (dtype is None or stored.kind == "f"):
         return stored
-    if stored.itemsize != 2:
+    if stored not in (BFLOAT16, np.int16, np.uint16):
         raise ValueError(f"{name} has dtype {stored}, which cannot be seen as {dtype}; expected one of 16 bits")
     if dtype == "float16":
         return np.dtype(np.float16)
@@ -278,13 +298,14 @@ def _seen_as(stored: np.dtype, dtype: str | None, name: str) -> np.dtype:
 def _header(stream, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
     """(shape, Fortran order, dtype) of the array in a stream of the format of numpy.save."""
     fmt = np.lib.format
-    try:
+    with _told(name):
         version = fmt.read_magic(stream)
         if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"version {version} of the format; expected 1.0 or 2.0")
-        return (fmt.read_array_header_1_0 if version == (1, 0) else fmt.read_array_header_2_0)(stream)
-    except ValueError as error:
-        raise ValueError(f"{name}: no array as numpy.save writes it: {error}") from error
+            raise ValueError(f"{name}: version {version} of the format of numpy.save; expected 1.0 or 2.0")
+        shape, fortran, stored = (fmt.read_array_header_1_0 if version == (1, 0) else fmt.read_array_header_2_0)(stream)
+        if not all(0 <= n <= sys.maxsize for n in shape):
+            raise ValueError(f"shape {shape}")
+        return shape, fortran, stored
 
 
 def _open_npy(path: str, key: str | None, dtype: str | None) -> Source:
@@ -303,6 +324,8 @@ def _open_npz(path: str, key: str | None, dtype: str | None) -> Source:
         with archive.open(member) as stream:
             shape, fortran, stored = _header(stream, name)
             begin = stream.tell()
+    if member.file_size < (end := begin + stored.itemsize * math.prod(shape)):
+        raise ValueError(f"{name}: truncated: {member.file_size} bytes; shape {shape} of {stored} ends at byte {end}")
     seen = _seen_as(stored, dtype, name)
     if member.compress_type == zipfile.ZIP_STORED:
         with open(path, "rb") as file:
@@ -327,11 +350,7 @@ def _open_npz(path: str, key: str | None, dtype: str | None) -> Source:
 def _fill(stream, array: np.ndarray, name: str) -> None:
     left = array.reshape(-1).view(np.uint8).data
     while len(left):
-        try:
-            n = stream.readinto1(left[: STREAMED >> 3])
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise ValueError(f"{name}: damaged: {error}") from error
-        if n == 0:
+        if (n := stream.readinto1(left[: STREAMED >> 3])) == 0:
             raise ValueError(f"{name}: truncated: {len(left)} bytes are missing")
         left = left[n:]
 
@@ -350,17 +369,15 @@ def _open_safetensors(path: str, key: str | None, dtype: str | None) -> Source:
     if entry["dtype"] not in SAFETENSORS:
         raise ValueError(f"{name} has dtype {entry['dtype']}; expected one of {', '.join(SAFETENSORS)}")
     stored = np.dtype(SAFETENSORS[entry["dtype"]])
+    seen = _seen_as(stored, None if stored == BFLOAT16 else dtype, name)  # which safetensors has a name for
     offset = 8 + length + entry["data_offsets"][0]
-    return Mapped(name, path, offset, tuple(entry["shape"]), _seen_as(stored, dtype, name), stored)
+    return Mapped(name, path, offset, tuple(entry["shape"]), seen, stored)
 
 
 def _open_parquet(path: str, key: str | None, dtype: str | None) -> Source:
     parquet = _need("pyarrow.parquet", path)
-    try:
-        with parquet.ParquetFile(path) as file:
-            schema, n_rows = file.schema_arrow, file.metadata.num_rows
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    with parquet.ParquetFile(path) as file:
+        schema, n_rows = file.schema_arrow, file.metadata.num_rows
 
     def batches(key: str, size: int):
         # pages as they are needed: without a buffer, or with pre_buffer, a row group is held whole
@@ -373,38 +390,44 @@ def _open_parquet(path: str, key: str | None, dtype: str | None) -> Source:
 def _open_arrow(path: str, key: str | None, dtype: str | None) -> Source:
     pa = _need("pyarrow", path)
 
-    def reader():
+    def reader(*fields: int):
+        """Of these columns, or all: no other is decompressed."""
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        buffer = pa.BufferReader(pa.py_buffer(mapped))
+        buffer, options = pa.BufferReader(pa.py_buffer(mapped)), pa.ipc.IpcReadOptions(included_fields=list(fields))
         try:
-            opened = pa.ipc.open_file(buffer)
+            opened = pa.ipc.open_file(buffer, options=options)
             return mapped, opened, (opened.get_batch(i) for i in range(opened.num_record_batches))
         except pa.ArrowInvalid:
             buffer.seek(0)
-            opened = pa.ipc.open_stream(buffer)
+            opened = pa.ipc.open_stream(buffer, options=options)
             return mapped, opened, iter(opened)
 
     def batches(key: str, size: int):
-        mapped, _, found = reader()
-        for batch in found:
-            column = batch.column(key)
+        mapped, _, found = reader(schema.names.index(key))
+        while (batch := next(found, None)) is not None:
+            batch.validate(full=True)  # of which what is read below aborts the process
+            column = batch.column(0)
             for start in range(0, len(column), size):
                 yield column.slice(start, size)
                 mapped.madvise(mmap.MADV_DONTNEED)  # unmodified pages: what still looks at them reads them again
+            del batch, column  # what is compressed is held whole: one batch of one column at a time
 
-    try:
-        _, opened, found = reader()
-        counts = hasattr(opened, "count_rows")  # not of streams, nor of pyarrow before 26
-        n_rows = opened.count_rows() if counts else sum(batch.num_rows for batch in found)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: damaged, or no Arrow IPC file: {error}") from error
-    return _open_columns(path, key, dtype, opened.schema, n_rows, batches)
+    _, opened, _ = reader()
+    schema = opened.schema
+    if hasattr(opened, "count_rows"):  # not of streams, nor of pyarrow before 26
+        n_rows = opened.count_rows()
+    else:
+        nested = [pa.types.is_nested(kind) for kind in schema.types]
+        n_rows = sum(batch.num_rows for batch in reader(nested.index(min(nested)))[2])  # of no lists, if it can be
+    return _open_columns(path, key, dtype, schema, n_rows, batches)
 
 
 def _open_columns(path: str, key: str | None, dtype: str | None, schema, n_rows: int, batches) -> Source:
     """A column of an Arrow schema; batches(key, size) are arrays of it, of up to `size` rows."""
     pa = _need("pyarrow", path)
+    if n_rows < 0:
+        raise ValueError(f"{path}: damaged: {n_rows} rows")
     key = _choose(path, key, schema.names)
     name, kind = path + KEY + key, schema.field(key).type
     if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and n_rows:
@@ -418,11 +441,14 @@ def _open_columns(path: str, key: str | None, dtype: str | None, schema, n_rows:
     shape = (n_rows, *empty.shape[1:])
     size = max(1, STREAMED // max(1, empty.dtype.itemsize * math.prod(shape[1:])))
 
-    def pieces() -> Iterator[np.ndarray]:
+    def piece(column) -> np.ndarray:
         try:
-            yield from (_as_numpy(column.cast(kind), name) for column in batches(key, size))
-        except (pa.ArrowInvalid, OSError) as error:
+            return _as_numpy(column.cast(kind), name)
+        except pa.ArrowInvalid as error:  # lists of another length
             raise ValueError(f"{name}: {error}") from error
+
+    def pieces() -> Iterator[np.ndarray]:
+        return map(piece, batches(key, size))  # which keeps no column, as a loop's variable does
 
     return Stream(name, path, shape, seen, empty.dtype, pieces)
 

@@ -2,7 +2,10 @@
 
 import json
 import os
+import stat
 import struct
+import subprocess
+import sys
 import zipfile
 
 import ml_dtypes
@@ -98,9 +101,20 @@ def test_16_bit_integers_are_seen_as_the_floats_they_are(tmp_path, rng, kind):
     same(in_batches(files.open_source(path, dtype="float16"), 4), array.view(np.float16))
 
 
-def test_values_of_32_bits_are_not_seen_as_16(tmp_path):
-    path = write(tmp_path / "x", {"x": np.zeros((2, 3), np.float32)}, "npy")
-    with pytest.raises(ValueError, match=r"x\.npy has dtype float32, which cannot be seen as bfloat16"):
+@pytest.mark.parametrize(
+    ("kind", "stored", "dtype"),
+    [("npy", "float16", "bfloat16"), ("npz", "float32", "bfloat16"), ("safetensors", "float16", "bfloat16"),
+     ("safetensors", "bfloat16", "float16"), ("parquet", "float16", "bfloat16")],
+)  # fmt: skip
+def test_what_the_file_calls_a_float_is_what_it_says(tmp_path, rng, kind, stored, dtype):
+    array = rng.normal(size=(9, 4)).astype(stored)
+    same(in_batches(files.open_source(write(tmp_path / "x", {"x": array}, kind), dtype=dtype), 4), array)
+
+
+@pytest.mark.parametrize("stored", ("int32", ">i2", "S2", "bool"))
+def test_only_native_values_of_16_bits_are_seen_as_floats(tmp_path, stored):
+    path = write(tmp_path / "x", {"x": np.zeros((2, 3), stored)}, "npy")
+    with pytest.raises(ValueError, match=r"x\.npy has dtype .*, which cannot be seen as bfloat16"):
         files.open_source(path, dtype="bfloat16")
 
 
@@ -120,6 +134,31 @@ def test_arrow_files_that_are_not_compressed_are_not_copied(tmp_path, rng):
     source = files.open_source(write(tmp_path / "x", {"x": array}, "feather"))
     first, again = source.some(0, 5), source.some(0, 5)
     assert not first.flags.owndata and not first.flags.writeable and np.shares_memory(first, again)
+
+
+@pytest.mark.parametrize("suffix", ("feather", "arrow"))
+def test_of_compressed_arrow_files_one_batch_of_one_column_is_held(tmp_path, suffix):
+    pa = pytest.importorskip("pyarrow")
+    arrays = {"z": np.zeros((4096, 1024), np.float32), "ids": np.arange(4096)}  # 4 batches of 4 MiB
+    table = pa.table({key: arrow_column(array, False) for key, array in arrays.items()})
+    path, options = str(tmp_path / f"x.{suffix}"), pa.ipc.IpcWriteOptions(compression="lz4")
+    new = pa.ipc.new_file if suffix == "feather" else pa.ipc.new_stream
+    with new(path, table.schema, options=options) as writer:
+        writer.write_table(table, 1024)
+    assert os.path.getsize(path) < arrays["z"].nbytes / 10
+    code = """if True:
+        import sys
+        import pyarrow as pa
+        from ce_fast import files
+        for key in ("ids", "z"):
+            source = files.open_source(sys.argv[1], key)
+            sums = [int(files.rows(source, start, start + 512).sum()) for start in range(0, 4096, 512)]
+            print(sum(sums), pa.default_memory_pool().max_memory())
+        """  # in a process of its own: the maximum is of all its life
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, check=True, text=True)
+    (ids, ids_peak), (z, z_peak) = (map(int, line.split()) for line in done.stdout.splitlines())
+    assert (ids, z) == (arrays["ids"].sum(), 0)
+    assert ids_peak < 1 << 20 and 4 << 20 <= z_peak < 6 << 20
 
 
 def test_columns_of_labels_come_back(tmp_path):
@@ -235,6 +274,63 @@ def test_a_compressed_member_that_was_changed_is_damaged(tmp_path, rng):
         in_batches(files.open_source(path), 100)
 
 
+@pytest.mark.parametrize("kind", (*NUMPY_FORMATS, *ARROW_FORMATS, "lists.parquet", "lists.feather", "lists.arrow"))
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_bytes_are_damaged_the_file_is_read_or_told_by_its_name(tmp_path, rng, kind):
+    path = write(tmp_path / "x", {"x": rng.normal(size=(40, 7)).astype(np.float32)}, kind)
+    with open(path, "rb") as file:
+        whole = file.read()
+    ends = np.r_[: min(400, len(whole)), max(0, len(whole) - 700) : len(whole)]  # where headers and footers are
+    told = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for place in rng.choice(ends, rng.integers(1, 3)):
+            damaged[place] = rng.choice((0, 0xFF, damaged[place] ^ 1 << rng.integers(8), rng.integers(256)))
+        with open(path, "wb") as file:
+            file.write(damaged)
+        try:
+            source = files.open_source(path)
+            files.rows(source, 0, min(source.shape[0], 100))
+        except ValueError as error:
+            told += 1
+            assert path in str(error)
+    assert told
+
+
+@pytest.mark.parametrize(
+    ("place", "bits", "words"), [(6, 0x20, "patched"), (6, 1, "encrypted"), (6, 0x40, "strong encryption"),
+     (8, 77, "compression method")],
+)  # fmt: skip
+def test_members_that_zipfile_does_not_read_are_told(tmp_path, place, bits, words):
+    path = write(tmp_path / "x", {"x": np.zeros((4, 3))}, "npz")
+    with open(path, "rb") as file:
+        damaged = bytearray(file.read())
+    for begin, shift in ((0, 0), (damaged.index(b"PK\1\2"), 2)):  # of the member, and of the directory
+        damaged[begin + place + shift] |= bits
+    with open(path, "wb") as file:
+        file.write(damaged)
+    with pytest.raises(ValueError, match=rf"x\.npz: damaged, or of a format that is not read: .*{words}"):
+        files.open_source(path)
+
+
+def test_a_header_that_is_no_python_is_damaged(tmp_path):
+    path = write(tmp_path / "x", {"x": np.zeros((4, 3))}, "npy")
+    with open(path, "r+b") as file:
+        file.seek(10)
+        file.write(b"(")  # tokenize.TokenError
+    with pytest.raises(ValueError, match=r"x\.npy: damaged"):
+        files.open_source(path)
+
+
+def test_a_member_that_is_shorter_than_its_header_says_does_not_read_the_next(tmp_path):
+    npy = write(tmp_path / "x", {"x": np.zeros((4, 3))}, "npy")
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive, open(npy, "rb") as file:
+        archive.writestr("x.npy", file.read().replace(b"(4, 3)", b"(9, 3)"))
+        archive.write(npy, "y.npy")
+    with pytest.raises(ValueError, match=r"x\.npz::x: truncated: 224 bytes; .* ends at byte 344"):
+        files.open_source(f"{tmp_path}/x.npz", "x")
+
+
 @pytest.mark.parametrize("kind", ("npy", "npz", "compressed.npz"))
 def test_pickled_objects_are_refused(tmp_path, kind):
     path = write(tmp_path / "x", {"x": np.array([{"a": 1}, None])}, kind)
@@ -262,12 +358,25 @@ def test_a_dtype_of_safetensors_that_no_array_has_is_refused(tmp_path):
         files.open_source(str(tmp_path / "x.safetensors"))
 
 
+@pytest.mark.parametrize("kind", ("feather", "arrow"))
+def test_a_length_below_zero_does_not_abort_the_process(tmp_path, rng, kind):
+    path = write(tmp_path / "x", {"x": rng.normal(size=(4, 4321))}, kind)
+    with open(path, "rb") as file:
+        whole = file.read()
+    assert struct.pack("<q", 4 * 4321) in whole  # of the values, below the lists
+    with open(path, "wb") as file:
+        file.write(whole.replace(struct.pack("<q", 4 * 4321), struct.pack("<q", -5)))
+    with pytest.raises(ValueError, match=r"x\.\w+::x: damaged"):
+        in_batches(files.open_source(path), 2)
+
+
 @pytest.mark.parametrize("values", ([[1.0, 2.0], None], [[1.0, 2.0], [3.0, None]], [[1.0, 2.0], [3.0]]), ids=str)
 def test_columns_with_nulls_or_of_several_lengths_are_refused(tmp_path, values):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"x": values}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"x\.parquet::x"):
+    with pytest.raises(ValueError, match=r"x\.parquet::x") as told:
         in_batches(files.open_source(str(tmp_path / "x.parquet")), 2)
+    assert "damaged" not in str(told.value)
 
 
 def test_columns_of_structures_are_refused(tmp_path):
@@ -288,3 +397,35 @@ def test_what_is_written_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         files.write_whole(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["numbers.json"]
+
+
+def test_a_link_that_is_written_stays_one(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "numbers.json")
+    for text in ("first", "second"):
+        files.write_whole(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "numbers.json").read_text() == text
+    assert sorted(os.listdir(tmp_path)) == ["link", "numbers.json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+@pytest.mark.parametrize("linked", (False, True))
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path, linked):
+    path = pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    if linked:
+        path = tmp_path / "link"
+        path.symlink_to(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        files.write_whole(path, "text")
+        assert os.read(reader, 100) == b"text" and stat.S_ISFIFO(os.stat(path).st_mode)
+    finally:
+        os.close(reader)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd/1"), reason="the system has no /proc")
+def test_a_link_to_the_standard_output_is_written_to(tmp_path):
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout is
+    code = "import sys; from ce_fast import files; files.write_whole(sys.argv[1], 'text')"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "stdout")], capture_output=True, check=True)
+    assert done.stdout == b"text" and (tmp_path / "stdout").is_symlink()
