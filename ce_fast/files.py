@@ -391,7 +391,7 @@ def _open_arrow(path: str, key: str | None, dtype: str | None) -> Source:
     pa = _need("pyarrow", path)
 
     def reader(*fields: int):
-        """Of these columns, or all: no other is decompressed."""
+        """Of these columns, or all: no other is decompressed, but what is not compressed is copied."""
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         buffer, options = pa.BufferReader(pa.py_buffer(mapped)), pa.ipc.IpcReadOptions(included_fields=list(fields))
@@ -404,10 +404,10 @@ def _open_arrow(path: str, key: str | None, dtype: str | None) -> Source:
             return mapped, opened, iter(opened)
 
     def batches(key: str, size: int):
-        mapped, _, found = reader(schema.names.index(key))
+        mapped, _, found = reader(*[schema.names.index(key)] if compressed else [])
         while (batch := next(found, None)) is not None:
             batch.validate(full=True)  # of which what is read below aborts the process
-            column = batch.column(0)
+            column = batch.column(key)
             for start in range(0, len(column), size):
                 yield column.slice(start, size)
                 mapped.madvise(mmap.MADV_DONTNEED)  # unmodified pages: what still looks at them reads them again
@@ -420,7 +420,16 @@ def _open_arrow(path: str, key: str | None, dtype: str | None) -> Source:
     else:
         nested = [pa.types.is_nested(kind) for kind in schema.types]
         n_rows = sum(batch.num_rows for batch in reader(nested.index(min(nested)))[2])  # of no lists, if it can be
+    # what lz4 does not make smaller is stored as it is, and need not be copied either
+    compressed = os.path.getsize(path) < n_rows * sum(_least_bytes(kind, pa) for kind in schema.types)
     return _open_columns(path, key, dtype, schema, n_rows, batches)
+
+
+def _least_bytes(kind, pa) -> int:
+    """Of a value of an Arrow type; 0 where it is not always as long."""
+    if pa.types.is_fixed_size_list(kind):
+        return kind.list_size * _least_bytes(kind.value_type, pa)
+    return kind.bit_width // 8 if pa.types.is_primitive(kind) else 0
 
 
 def _open_columns(path: str, key: str | None, dtype: str | None, schema, n_rows: int, batches) -> Source:
