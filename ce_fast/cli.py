@@ -302,7 +302,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if not args.quiet and report.n_invalid:
         first = "; ".join(", ".join(map(str, data.position(row))) for row in report.invalid_rows)
         more = ", the first of them" if report.n_invalid > len(report.invalid_rows) else ""
-        bits = "; bits per byte or character lack their losses, not their length" * any(run.task.amounts.values())
+        bits = "; without their losses there are no bits per byte or character" * any(run.task.amounts.values())
         _say(f"warning: {report.n_invalid} rows have no softmax (NaN or +inf) and are left out{more}: {first}{bits}")
     if not finished:
         kept = f"; the same command goes on from {args.resume}" if args.resume else ""

@@ -73,6 +73,23 @@ class ComparisonReport:
     n_invalid: int
     invalid_rows: list[int]
 
+    def estimates(self) -> dict[str, Estimate]:
+        """By the names that tables show, in their order."""
+        return {
+            "KL(base || other) (nats)": self.kl,
+            "same top class": self.same_top,
+            "nll of base (nats)": self.base.nll,
+            "nll of other": self.other.nll,
+            "nll, other - base": self.nll_difference,
+            "perplexity of base": self.base.perplexity,
+            "perplexity of other": self.other.perplexity,
+            "perplexity, other / base": self.perplexity_ratio,
+            "accuracy of base": self.base.accuracy,
+            "accuracy of other": self.other.accuracy,
+            "change of p(target), mean": self.target_prob_change,
+            "change of p(target), root mean square": self.target_prob_change_rms,
+        }
+
     def to_dict(self) -> dict:
         """For JSON: numbers, strings, lists and dicts. What is not finite is None."""
         return moments.header("comparison") | moments.plain(self)

@@ -89,6 +89,25 @@ class EvalReport:
         square = (1 - mean) ** 2 * self.rank_weight_squared[:k].sum() + mean**2 * self.rank_weight_squared[k:].sum()
         return Estimate(mean, math.sqrt(n / (n - 1) * square) / total if n > 1 else math.nan)
 
+    def estimates(self) -> dict[str, Estimate]:
+        """By the names that tables show, in their order."""
+        m = self.overall
+        named = {
+            "negative log-likelihood (nats)": m.nll,
+            "bits per row": m.bits,
+            "perplexity": m.perplexity,
+            "accuracy": m.accuracy,
+            **{f"top-{k} accuracy": of for k, of in m.top_k_accuracy.items() if k > 1},
+            "mean reciprocal rank": m.mean_reciprocal_rank,
+            "Brier score": m.brier_score,
+            "entropy (nats)": m.entropy,
+            "calibration error": self.calibration_error,
+            "maximum calibration error": self.max_calibration_error,
+            "bits per byte": self.bits_per_byte,
+            "bits per character": self.bits_per_character,
+        }
+        return {name: of for name, of in named.items() if of is not None}
+
     def to_dict(self) -> dict:
         """For JSON: numbers, strings, lists and dicts. What is not finite is None; groups are a list, each with its
         label."""

@@ -75,22 +75,7 @@ def write_html(report, path, *, title=None, source=None):
 
 
 def _evaluation_tables(report: EvalReport) -> str:
-    m = report.overall
-    numbers = {
-        "negative log-likelihood per row (nats)": m.nll,
-        "bits per row": m.bits,
-        "perplexity": m.perplexity,
-        "bits per byte": report.bits_per_byte,
-        "bits per character": report.bits_per_character,
-        "accuracy": m.accuracy,
-        **{f"top-{k} accuracy": value for k, value in m.top_k_accuracy.items() if k != 1},
-        "mean reciprocal rank": m.mean_reciprocal_rank,
-        "Brier score": m.brier_score,
-        "entropy (nats)": m.entropy,
-        "expected calibration error": report.calibration_error,
-        "maximum calibration error": report.max_calibration_error,
-    }
-    tables = _estimates(numbers) + _counts(report, m)
+    tables = _estimates(report) + _counts(report, report.overall)
     if report.groups:
         head = ("group", "rows", "NLL (nats)", "std. error", "perplexity", "std. error", "accuracy", "std. error")
         rows = [
@@ -117,37 +102,21 @@ def _evaluation_figures(report: EvalReport) -> dict:
 
 
 def _comparison_tables(report: ComparisonReport) -> str:
-    numbers = {
-        "KL(base || other) (nats)": report.kl,
-        "same top class": report.same_top,
-        "NLL: other - base (nats)": report.nll_difference,
-        "perplexity: other / base": report.perplexity_ratio,
-        "change of the target's probability, mean": report.target_prob_change,
-        "change of the target's probability, root mean square": report.target_prob_change_rms,
-    }
-    head = ("model", "NLL (nats)", "std. error", "perplexity", "std. error", "accuracy", "std. error")
-    rows = [
-        (name, *of.nll, *of.perplexity, *of.accuracy) for name, of in (("base", report.base), ("other", report.other))
-    ]
     percentiles = [
         (f"{q:g} %", value, report.target_prob_change_percentiles.get(q, math.nan))
         for q, value in report.kl_percentiles.items()
     ]
     head_of = ("percentile", "KL (nats)", "change of the target's probability")
-    return (
-        _estimates(numbers)
-        + _counts(report, report)
-        + _section("Models", _table(head, rows))
-        + _section("Percentiles", _table(head_of, percentiles))
-    )
+    tables = _estimates(report) + _counts(report, report)
+    return tables + _section("Percentiles", _table(head_of, percentiles))
 
 
 def _comparison_figures(report: ComparisonReport) -> dict:
     return {"kl": plots.kl_histogram(report)}
 
 
-def _estimates(numbers: dict) -> str:
-    rows = [(name, *estimate) for name, estimate in numbers.items() if estimate is not None]
+def _estimates(report) -> str:
+    rows = [(name, *of) for name, of in report.estimates().items()]
     return _section("Numbers", _table(("", "value", "std. error"), rows))
 
 

@@ -43,7 +43,7 @@ def show(report) -> None:
         if report.groups:
             _table(("group", "rows", "nll", "standard error", "perplexity", "accuracy"), _groups(report))
     else:
-        _table(("", "value", "standard error"), _comparison(report))
+        _table(("", "value", "standard error"), _lines(report, report.n_rows))
         percentiles = (report.kl_percentiles, report.target_prob_change_percentiles)
         lines = [(f"{p:g} %", f"{kl:.6g}", f"{percentiles[1][p]:.6g}") for p, kl in percentiles[0].items()]
         _table(("percentile", "KL (nats)", "change of p(target)"), lines)
@@ -76,28 +76,14 @@ def _count(name: str, n: int) -> list[tuple[str, str, str]]:
     return [(name, str(n), "")] if n else []
 
 
-def _counts(report, n_rows: int) -> list[tuple[str, str, str]]:
+def _lines(report, n_rows: int) -> list[tuple[str, str, str]]:
     ignored, invalid = _count("rows ignored", report.n_ignored), _count("rows without a softmax", report.n_invalid)
-    return [("rows", str(n_rows), ""), *ignored, *invalid]
+    numbers = [_line(name, of) for name, of in report.estimates().items()]
+    return [("rows", str(n_rows), ""), *ignored, *invalid, *numbers]
 
 
 def _evaluation(report: EvalReport) -> list[tuple[str, str, str]]:
-    m = report.overall
-    lines = [
-        *_counts(report, m.n_rows),
-        _line("negative log-likelihood (nats)", m.nll),
-        _line("bits per row", m.bits),
-        _line("perplexity", m.perplexity),
-        _line("accuracy", m.accuracy),
-        *(_line(f"top-{k} accuracy", of) for k, of in m.top_k_accuracy.items() if k > 1),
-        _line("mean reciprocal rank", m.mean_reciprocal_rank),
-        _line("Brier score", m.brier_score),
-        _line("entropy (nats)", m.entropy),
-        _line("calibration error", report.calibration_error),
-        _line("maximum calibration error", report.max_calibration_error),
-    ]
-    for name, of in (("bits per byte", report.bits_per_byte), ("bits per character", report.bits_per_character)):
-        lines += [_line(name, of)] if of else []
+    lines = _lines(report, report.overall.n_rows)
     if report.temperatures is not None:
         best = "none" if report.best_temperature is None else f"{report.best_temperature:g}"
         lines += [("best temperature", best, "")]
@@ -118,22 +104,3 @@ def _groups(report: EvalReport) -> list[tuple[str, ...]]:
     ]
     more = len(report.groups) - len(lines)
     return [*lines, (f"and {more} more", *[""] * 5)] if more else lines
-
-
-def _comparison(report) -> list[tuple[str, str, str]]:
-    base, other = report.base, report.other
-    return [
-        *_counts(report, report.n_rows),
-        _line("KL(base || other) (nats)", report.kl),
-        _line("same top class", report.same_top),
-        _line("nll of base (nats)", base.nll),
-        _line("nll of other", other.nll),
-        _line("nll, other - base", report.nll_difference),
-        _line("perplexity of base", base.perplexity),
-        _line("perplexity of other", other.perplexity),
-        _line("perplexity, other / base", report.perplexity_ratio),
-        _line("accuracy of base", base.accuracy),
-        _line("accuracy of other", other.accuracy),
-        _line("change of p(target), mean", report.target_prob_change),
-        _line("change of p(target), root mean square", report.target_prob_change_rms),
-    ]

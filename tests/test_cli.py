@@ -403,9 +403,8 @@ def test_rows_of_sequences_without_a_softmax_are_named_by_their_index(batched, c
         assert batched.run(*shift)["invalid_positions"] == [[4, 2]]
     for option in ("--bytes", "--characters"):
         assert cli.main(["eval", batched("logits.npy"), batched("target.npy"), option, "9"]) == 0
-        assert capsys.readouterr().err.endswith(
-            "left out: 4, 2; bits per byte or character lack their losses, not their length\n"
-        )
+        told = "left out: 4, 2; without their losses there are no bits per byte or character\n"
+        assert capsys.readouterr().err.endswith(told)
 
 
 def test_warnings_are_lines_and_quiet_has_none(data, capsys):

@@ -64,11 +64,11 @@ def shown(*values):
 def test_the_tables_of_an_evaluation_are_its_numbers_with_their_errors(reports, pages):
     report, rows = reports["evaluation"], tables(pages / "evaluation.html")
     m = report.overall
-    assert ["negative log-likelihood per row (nats)", *shown(*m.nll)] in rows
+    assert ["negative log-likelihood (nats)", *shown(*m.nll)] in rows
     assert ["bits per byte", *shown(*report.bits_per_byte)] in rows
     assert ["perplexity", *shown(*m.perplexity)] in rows
     assert ["top-5 accuracy", *shown(*m.top_k_accuracy[5])] in rows
-    assert ["expected calibration error", *shown(*report.calibration_error)] in rows
+    assert ["calibration error", *shown(*report.calibration_error)] in rows
     assert "bits per character" not in [row[0] for row in rows], "nobody counted them"
     assert ["rows that count", "238"] in rows and ["ignored", "1"] in rows
     assert ["without a softmax (NaN, infinite)", "1"] in rows and ["the first of them", "7"] in rows
@@ -81,11 +81,12 @@ def test_the_tables_of_an_evaluation_are_its_numbers_with_their_errors(reports, 
 def test_the_tables_of_a_comparison_are_its_numbers_with_their_errors(reports, pages):
     report, rows = reports["comparison"], tables(pages / "comparison.html")
     assert ["KL(base || other) (nats)", *shown(*report.kl)] in rows
-    assert ["NLL: other - base (nats)", *shown(*report.nll_difference)] in rows
-    assert ["perplexity: other / base", *shown(*report.perplexity_ratio)] in rows
+    assert ["nll, other - base", *shown(*report.nll_difference)] in rows
+    assert ["perplexity, other / base", *shown(*report.perplexity_ratio)] in rows
     for name in ("base", "other"):
         of = getattr(report, name)
-        assert [name, *shown(*of.nll, *of.perplexity, *of.accuracy)] in rows
+        assert [f"perplexity of {name}", *shown(*of.perplexity)] in rows
+        assert [f"accuracy of {name}", *shown(*of.accuracy)] in rows
     for q, value in report.kl_percentiles.items():
         assert [f"{q:g} %", *shown(value, report.target_prob_change_percentiles[q])] in rows
 
