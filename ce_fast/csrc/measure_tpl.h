@@ -45,8 +45,8 @@ static REAL NAME(max_and_above)(const REAL *x, int64_t n, REAL rival, int64_t *a
     return lanes[0];
 }
 
-/* sum + e^2, where e^2 may be less than a normal number: FMA makes none, and no sum that begins at CE_LITTLE is one; without
-   FMA it is 0 then (subnormal numbers are 20 to 40 times slower) */
+/* sum + e^2, where e^2 may be less than a normal number: FMA makes none, and a sum that begins a little above 0 is never one;
+   without FMA it is 0 then (subnormal numbers are 20 to 40 times slower) */
 CE_INLINE REAL NAME(add_square)(REAL sum, REAL e)
 {
 #if CE_HAVE_FMA
